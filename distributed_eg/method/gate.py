@@ -1,0 +1,101 @@
+"""The gate: which expert each sample goes to, and what the experts' answers add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distributed_eg.method.autoencoder import Autoencoder, reconstruction_errors
+from distributed_eg.method.standardize import Statistics, standardize
+from distributed_eg.types import TaskId
+
+ABSENT_LOG_PROBABILITY = -16.11809565095832  # log(1e-7)
+"""Log-probability of a class that no answering expert knows: small, but finite, so that losses stay finite."""
+
+
+class Routing(NamedTuple):
+    """Where samples go, one row a sample."""
+
+    tasks: Tensor
+    """(n,) int64: the task whose expert is the most confident choice."""
+    confidences: Tensor
+    """(n, num_tasks): softmax(−error / temp), columns in the gate's order of tasks."""
+    errors: Tensor
+    """(n, num_tasks): squared reconstruction errors."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """All autoencoders of a run, with the statistics that make their errors comparable (section 3.2 of the paper)."""
+
+    tasks: tuple[TaskId, ...]
+    autoencoders: tuple[Autoencoder, ...]
+    statistics: Statistics
+    temp: float
+    confidence_threshold: float | None = None
+
+    def route(self, features: Tensor) -> Routing:
+        """Route each of ``features`` (n, num_features), raw as the backbone gives them, by itself."""
+        errors = reconstruction_errors(self.autoencoders, standardize(features, self.statistics))
+        confidences = torch.softmax(-errors / self.temp, dim=1)
+        # The smallest error, not the largest confidence: softmax rounds several to 0 or 1 when errors are large.
+        tasks = torch.tensor(self.tasks, device=errors.device)[errors.argmin(1)]
+        return Routing(tasks, confidences, errors)
+
+    def answering(self, routing: Routing) -> dict[TaskId, Tensor]:
+        """Weights (n,) of each expert that answers for some sample.
+
+        Without a threshold the chosen expert answers alone; with one, every expert at least that confident answers
+        too, weighted by confidence.
+        """
+        chosen = routing.tasks[:, None] == torch.tensor(self.tasks, device=routing.tasks.device)
+        weights = chosen.to(routing.confidences)
+        if self.confidence_threshold is not None:
+            weights = torch.where(routing.confidences >= self.confidence_threshold, routing.confidences, weights)
+            weights = weights / weights.sum(1, keepdim=True)
+        return {task: weights[:, i] for i, task in enumerate(self.tasks) if bool((weights[:, i] > 0).any())}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A task's network; its outputs stand for ``classes``, the task's dataset class ids in ascending order."""
+
+    network: nn.Module
+    classes: tuple[int, ...]
+
+
+def combine_experts(
+    images: Tensor, weights: Mapping[TaskId, Tensor], expert_of: Callable[[TaskId], Expert], width: int
+) -> Tensor:
+    """Log-probabilities (n, width) over dataset class ids, from the experts that answer.
+
+    Each expert sees the samples that it answers for, in their order. Classes that no answering expert knows get
+    ``ABSENT_LOG_PROBABILITY``.
+
+    Args:
+        images: (n, channels, height, width).
+        weights: of each answering expert (n,), as ``Gate.answering`` gives them.
+        expert_of: loads an expert; called once a task.
+        width: number of columns, above every class id of an answering expert.
+    """
+    probabilities = images.new_zeros(len(images), width, dtype=torch.float32)
+    for task, weight in weights.items():
+        expert = expert_of(task)
+        rows = weight.nonzero().flatten()
+        answers = torch.softmax(expert.network(images[rows]).float(), dim=1) * weight[rows, None]
+        columns = torch.tensor(expert.classes, device=images.device)
+        probabilities[rows[:, None], columns] += answers
+    floor = torch.tensor(ABSENT_LOG_PROBABILITY, device=images.device)
+    return probabilities.log().maximum(floor)
+
+
+def make_gate(
+    autoencoders: Mapping[TaskId, Autoencoder], statistics: Statistics, temp: float, threshold: float | None
+) -> Gate:
+    """A gate over ``autoencoders``, in ascending order of tasks."""
+    tasks: Sequence[TaskId] = sorted(autoencoders)
+    return Gate(tuple(tasks), tuple(autoencoders[task] for task in tasks), statistics, temp, threshold)

@@ -1,0 +1,76 @@
+"""Relatedness between tasks, and where a new expert starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distributed_eg.errors import DivergedError
+from distributed_eg.types import RelatednessRow, RelatednessUnit, TaskId, TransferChoice
+
+
+@dataclass(frozen=True)
+class TaskErrors:
+    """Errors on one task's validation features, each a mean over samples.
+
+    ``own`` is the task's own autoencoder's, ``variance`` the mean squared distance of the features to their mean,
+    ``candidates`` those of earlier autoencoders by task, None standing for the pretrained root.
+    """
+
+    own: float
+    variance: float
+    candidates: Mapping[TaskId | None, float]
+
+
+def relatedness(error: float, own_error: float, variance: float, unit: RelatednessUnit) -> float:
+    """Rel = 1 − (Er_a − Er_k) / Er_k (equation 3 of the paper), or with the task's variance below the line.
+
+    Both units keep the order of the candidates, hence the parent; only the scale that ``rel_thresh`` is read on
+    differs. A task without any variation (below the line 0) is related to a candidate only if that errs no more.
+    """
+    below = own_error if unit == "own_error" else variance
+    if below <= 0:
+        return 1.0 if error <= own_error else -math.inf
+    return 1 - (error - own_error) / below
+
+
+def choose_transfer(
+    task: TaskId, errors: TaskErrors, unit: RelatednessUnit, rel_thresh: float
+) -> tuple[list[RelatednessRow], TransferChoice]:
+    """The relatedness row of ``task`` and its parent: the most related candidate, the earlier task where two tie.
+
+    Above ``rel_thresh`` the expert learns without forgetting from it, else it is fine-tuned (section 3.3 of the
+    paper). Without a candidate the expert starts from the pretrained root.
+
+    Raises:
+        DivergedError: an error is not finite.
+    """
+    for candidate, error in [(task, errors.own), *errors.candidates.items()]:
+        if not math.isfinite(error):
+            raise DivergedError(
+                f"The autoencoder of {'the root' if candidate is None else f'task {candidate}'} has error {error} on "
+                f"the validation features of task {task}; look for extreme values in the images of either."
+            )
+    # The root precedes every task.
+    candidates = sorted(errors.candidates, key=lambda candidate: -1 if candidate is None else candidate)
+    values = {c: relatedness(errors.candidates[c], errors.own, errors.variance, unit) for c in candidates}
+    if not candidates:
+        return [], TransferChoice(None, "fresh")
+    parent = max(candidates, key=lambda candidate: values[candidate])  # max keeps the first of equals
+    choice = TransferChoice(parent, "lwf" if values[parent] > rel_thresh else "finetune")
+    rows = [
+        RelatednessRow(
+            task=task,
+            candidate=candidate,
+            error=errors.candidates[candidate],
+            own_error=errors.own,
+            variance=errors.variance,
+            unit=unit,
+            relatedness=values[candidate],
+            chosen=candidate == parent,
+            transfer=choice.transfer if candidate == parent else None,
+        )
+        for candidate in candidates
+    ]
+    return rows, choice

@@ -1,0 +1,128 @@
+"""The paper's autoencoder: linear–ReLU–linear–sigmoid, trained with cross-entropy by stochastic gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distributed_eg.config import AutoencoderConfig
+from distributed_eg.errors import DivergedError
+
+_GROUP_BYTES = 256 * 2**20
+_MOMENTUM = 0.9
+_WEIGHT_DECAY = 5e-4
+
+
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+    def rows(self, indices: Sequence[int]) -> Tensor: ...
+    def blocks(self, size: int) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class SgdAutoencoder:
+    """Section 3.1 of the paper: ``encoder_weight`` (h, D), ``encoder_bias`` (h,), ``decoder_weight`` (D, h) and
+    ``decoder_bias`` (D,), with h hidden units and D features."""
+
+    encoder_weight: Tensor
+    encoder_bias: Tensor
+    decoder_weight: Tensor
+    decoder_bias: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored: every field by its name."""
+        names = ("encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, device: torch.device | str) -> SgdAutoencoder:
+        """The same value on another device."""
+        return SgdAutoencoder(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+
+def fit_sgd(
+    config: AutoencoderConfig, features: _Rows, seed: int, *, start: SgdAutoencoder | None = None
+) -> SgdAutoencoder:
+    """Minimise the cross-entropy between z and its reconstruction, as the paper does; deterministic in ``seed``.
+
+    The loss is summed over the features and averaged over the batch, so that a step does not depend on the batch
+    size. "sgd" has momentum 0.9 as Avalanche's has; weight decay 5e-4 acts on the weights, not on the biases, as in
+    the authors' sample code.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    device = features.rows([0]).device
+    parameters = _initial(config, features, generator, start)
+    tensors = [tensor.to(device).requires_grad_() for tensor in parameters]
+    optimizer = _optimizer(config, tensors)
+    encoder_weight, encoder_bias, decoder_weight, decoder_bias = tensors
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(features), generator=generator).tolist()
+        for first in range(0, len(order), config.batch_size):
+            target = features.rows(order[first : first + config.batch_size])
+            hidden = F.relu(F.linear(target, encoder_weight, encoder_bias))
+            logits = F.linear(hidden, decoder_weight, decoder_bias)
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
+            if not math.isfinite(float(loss)):
+                raise DivergedError(
+                    f"The autoencoder's loss is {float(loss)} in epoch {epoch}, batch {first // config.batch_size}, at "
+                    f"ae_lr={config.lr} ({config.optimizer}); try a smaller ae_lr or ae_optimizer='adam'."
+                )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
+    return SgdAutoencoder(*(tensor.detach() for tensor in tensors))
+
+
+def sgd_errors(autoencoders: Sequence[SgdAutoencoder], features: Tensor) -> Tensor:
+    """Squared distance of each sample to each reconstruction, in batched products: (n, len(autoencoders))."""
+    errors = []
+    # The reconstructions of a group of autoencoders are in memory together.
+    group_size = max(1, _GROUP_BYTES // (4 * features.numel() or 1))
+    for first in range(0, len(autoencoders), group_size):
+        group = autoencoders[first : first + group_size]
+        batch = features.expand(len(group), *features.shape)
+        encoder = torch.stack([a.encoder_weight for a in group])
+        decoder = torch.stack([a.decoder_weight for a in group])
+        hidden = torch.baddbmm(torch.stack([a.encoder_bias for a in group])[:, None], batch, encoder.mT).relu_()
+        logits = torch.baddbmm(torch.stack([a.decoder_bias for a in group])[:, None], hidden, decoder.mT)
+        errors.append((logits.sigmoid_() - batch).square().sum(2))
+    return torch.cat(errors).T.contiguous()
+
+
+def _initial(
+    config: AutoencoderConfig, features: _Rows, generator: torch.Generator, start: SgdAutoencoder | None
+) -> list[Tensor]:
+    if start is not None:
+        return [tensor.clone() for tensor in start.tensors().values()]
+    num_features, hidden = features.rows([0]).shape[1], config.latent_dim
+    # torch.nn.Linear's own initialisation, drawn from our generator.
+    bound_in, bound_out = 1 / math.sqrt(num_features), 1 / math.sqrt(hidden)
+
+    def uniform(*size: int, bound: float) -> Tensor:
+        return (torch.rand(size, generator=generator) * 2 - 1) * bound
+
+    return [
+        uniform(hidden, num_features, bound=bound_in),
+        uniform(hidden, bound=bound_in),
+        uniform(num_features, hidden, bound=bound_out),
+        uniform(num_features, bound=bound_out),
+    ]
+
+
+def _optimizer(config: AutoencoderConfig, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    weights, biases = tensors[0::2], tensors[1::2]
+    groups = [{"params": weights, "weight_decay": _WEIGHT_DECAY}, {"params": biases, "weight_decay": 0.0}]
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(groups, lr=config.lr)
+    if config.optimizer == "adam":
+        # Adam scales the decay with the gradient: there it is not the penalty that the paper's setting means.
+        return torch.optim.Adam(tensors, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=_MOMENTUM)

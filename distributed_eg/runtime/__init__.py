@@ -1,0 +1,1 @@
+"""Where stages run: worker actors on Ray, or this process; the only room that knows Ray."""

@@ -1,0 +1,95 @@
+"""The coordinator: single writer of the gate registry and the relatedness table.
+
+Every change is sealed in the run directory before it is answered. Its memory is a cache of that: a new coordinator on
+the same directory knows the same.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+from distributed_eg.errors import StorageError
+from distributed_eg.runtime.registry import Registry
+from distributed_eg.store import records
+from distributed_eg.store.records import (
+    AutoencoderRecord,
+    RelatednessRecord,
+    StageTiming,
+    StatisticsRecord,
+    TaskManifest,
+)
+from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.tables import export_tables
+from distributed_eg.types import TaskId
+
+Record: TypeAlias = StatisticsRecord | AutoencoderRecord | RelatednessRecord | TaskManifest
+
+
+class CoordinatorApi(Protocol):
+    """What a driver asks of the coordinator, wherever that lives."""
+
+    def registry(self) -> Registry:
+        """Everything recorded so far."""
+
+    def record(self, record: Record) -> Artifact:
+        """Seal a record; sealing the same one again changes nothing.
+
+        Raises:
+            StorageError: the run directory cannot be written, or holds another record for that task.
+        """
+
+    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
+        """Keep who did what for how long, beside the records."""
+
+    def export(self) -> None:
+        """Write the tables as Parquet."""
+
+
+class Coordinator:
+    """The coordinator as a plain class; ``ray_engine`` makes it an actor."""
+
+    def __init__(self, storage_uri: str) -> None:
+        self._storage = Storage(storage_uri)
+        self._registry: Registry | None = None
+
+    def registry(self) -> Registry:
+        """Everything recorded so far."""
+        if self._registry is None:
+            self._registry = Registry.read(self._storage)
+        return self._registry
+
+    def record(self, record: Record) -> Artifact:
+        """Seal a record, then keep it."""
+        registry = self.registry()
+        if isinstance(record, StatisticsRecord):
+            _same_or_new("statistics", registry.statistics, record)
+            artifact = records.write_statistics(self._storage, record)
+            registry.statistics = record
+        elif isinstance(record, AutoencoderRecord):
+            _same_or_new(f"the autoencoder of task {record.task}", registry.autoencoders.get(record.task), record)
+            artifact = records.write_autoencoder(self._storage, record)
+            registry.autoencoders[record.task] = record
+        elif isinstance(record, RelatednessRecord):
+            _same_or_new(f"the relatedness of task {record.task}", registry.relatedness.get(record.task), record)
+            artifact = records.write_relatedness(self._storage, record)
+            registry.relatedness[record.task] = record
+            registry.relatedness_artifacts[record.task] = artifact
+        else:
+            _same_or_new(f"task {record.task}", registry.manifests.get(record.task), record)
+            artifact = records.write_manifest(self._storage, record)
+            registry.manifests[record.task] = record
+        return artifact
+
+    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
+        """Keep who did what for how long."""
+        records.write_timings(self._storage, task, timings)
+        self.registry().timings[task] = timings
+
+    def export(self) -> None:
+        """Write the tables as Parquet."""
+        export_tables(self._storage, *self.registry().tables())
+
+
+def _same_or_new(what: str, known: Record | None, offered: Record) -> None:
+    if known is not None and known != offered:
+        raise StorageError(f"The run directory already holds another record for {what}: {known}; offered: {offered}.")

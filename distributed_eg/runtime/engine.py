@@ -1,0 +1,77 @@
+"""The seam between the session and where calls run: what an engine must do, and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from distributed_eg.runtime.coordinator import CoordinatorApi
+from distributed_eg.runtime.requests import Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.shipping import Shipper
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A worker is ready; ``node`` is where its scratch folder lies."""
+
+    worker: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker is gone, with the calls that it was given."""
+
+    worker: str
+    message: str
+    calls: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A call ended, well or not."""
+
+    call: int
+    worker: str
+    outcome: Done | Raised
+
+
+Report: TypeAlias = Joined | Lost | Ended
+
+
+class Engine(Protocol):
+    """Runs requests on workers. Made without starting anything; ``start`` may be followed by ``close`` only."""
+
+    shipper: Shipper
+    coordinator: CoordinatorApi
+
+    def start(self) -> None:
+        """Attach to or start what the workers run on, and the coordinator.
+
+        Raises:
+            ResourceError: what was asked for is not there.
+        """
+
+    def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
+        """Bring the pool to its size for ``num_tasks`` tasks (None: unknown); workers report ``Joined`` when ready.
+
+        Raises:
+            ResourceError: no node can hold such a worker.
+        """
+
+    def workers(self) -> list[Joined]:
+        """Workers that are ready."""
+
+    def submit(self, call: int, worker: str, request: Request) -> None:
+        """Begin a call; its ``Ended`` carries the same number."""
+
+    def wait(self) -> list[Report]:
+        """Reports since the last call; waits a moment for the first.
+
+        Raises:
+            ResourceError: no worker came up in time.
+            WorkerLostError: no worker is left and none will come.
+        """
+
+    def close(self) -> None:
+        """End everything that ``start`` and ``add_workers`` began."""

@@ -1,0 +1,65 @@
+"""The inline engine: the same stages in this process, one after the other, without Ray."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
+from distributed_eg.runtime.engine import Ended, Joined, Report
+from distributed_eg.runtime.requests import CloseRequest, Request, WorkerSetup
+from distributed_eg.runtime.shipping import Shipper
+from distributed_eg.runtime.worker import TaskWorker
+
+_WORKER = "inline"
+_NODE = "here"
+
+
+class InlineEngine:
+    """One worker in this process."""
+
+    def __init__(self, storage_uri: str) -> None:
+        self.shipper = Shipper(self)
+        self.coordinator: CoordinatorApi = Coordinator(storage_uri)
+        self._worker: TaskWorker | None = None
+        self._reports: deque[Report] = deque()
+        self._calls: deque[tuple[int, Request]] = deque()
+
+    def put(self, data: bytes) -> Any:
+        """Keep a leaf's bytes as they are."""
+        return data
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
+        """Make this process a worker."""
+        if self._worker is None:
+            cuda = "cuda" if torch.cuda.is_available() else "cpu"
+            self._worker = TaskWorker(setup, lambda data: data, torch.device(setup.device or cuda))
+            self._reports.append(Joined(_WORKER, _NODE))
+
+    def workers(self) -> list[Joined]:
+        """This process, once it is a worker."""
+        return [] if self._worker is None else [Joined(_WORKER, _NODE)]
+
+    def submit(self, call: int, worker: str, request: Request) -> None:
+        """Queue a call; ``wait`` carries it out."""
+        self._calls.append((call, request))
+
+    def wait(self) -> list[Report]:
+        """Carry out the oldest call."""
+        if self._calls and self._worker is not None:
+            call, request = self._calls.popleft()
+            self._reports.append(Ended(call, _WORKER, self._worker.run(request)))
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
+
+    def close(self) -> None:
+        """Remove the scratch folder."""
+        if self._worker is not None:
+            self._worker.run(CloseRequest())
+            self._worker = None

@@ -1,0 +1,87 @@
+"""The gate registry and the relatedness table as one value: what the run's records add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from distributed_eg.config import MethodConfig
+from distributed_eg.errors import StorageError
+from distributed_eg.store import records
+from distributed_eg.store.reading import ExpertRef, GateRef
+from distributed_eg.store.records import (
+    AutoencoderRecord,
+    RelatednessRecord,
+    StageTiming,
+    StatisticsRecord,
+    TaskManifest,
+)
+from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.tables import registry_table, relatedness_table
+from distributed_eg.types import TaskId
+
+
+@dataclass
+class Registry:
+    """Every record of a run, by task. The coordinator's is the one that is written down; a driver keeps a copy."""
+
+    statistics: StatisticsRecord | None = None
+    autoencoders: dict[TaskId, AutoencoderRecord] = field(default_factory=dict)
+    relatedness: dict[TaskId, RelatednessRecord] = field(default_factory=dict)
+    relatedness_artifacts: dict[TaskId, Artifact] = field(default_factory=dict)
+    manifests: dict[TaskId, TaskManifest] = field(default_factory=dict)
+    timings: dict[TaskId, list[StageTiming]] = field(default_factory=dict)
+
+    @staticmethod
+    def read(storage: Storage) -> Registry:
+        """Rebuild the registry from a run directory.
+
+        Raises:
+            StorageError: a record is damaged.
+        """
+        registry = Registry(statistics=records.read_statistics(storage))
+        for task in records.stored_tasks(storage):
+            autoencoder = records.read_autoencoder(storage, task)
+            relatedness = records.read_relatedness(storage, task)
+            manifest = records.read_manifest(storage, task)
+            if autoencoder is not None:
+                registry.autoencoders[task] = autoencoder
+            if relatedness is not None:
+                registry.relatedness[task] = relatedness
+            if manifest is not None:
+                registry.manifests[task] = manifest
+                registry.relatedness_artifacts[task] = manifest.relatedness
+                if autoencoder is None or autoencoder.artifact != manifest.autoencoder:
+                    raise StorageError(f"The manifest of task {task} in {storage.uri!r} names another autoencoder.")
+            registry.timings[task] = records.read_timings(storage, task)
+        return registry
+
+    @property
+    def labels(self) -> dict[TaskId, int]:
+        """The label of each sealed task."""
+        return {task: manifest.label for task, manifest in self.manifests.items()}
+
+    def task_of_label(self, label: int) -> TaskId | None:
+        """The sealed task of that label."""
+        return next((task for task, known in self.labels.items() if known == label), None)
+
+    def expert_ref(self, task: TaskId) -> ExpertRef:
+        """Where a sealed task's expert is."""
+        manifest = self.manifests[task]
+        return ExpertRef(manifest.expert, manifest.classes)
+
+    def gate_ref(self, method: MethodConfig) -> GateRef:
+        """Where everything is that the gate over all sealed tasks needs."""
+        assert self.statistics is not None
+        autoencoders = tuple((task, self.manifests[task].autoencoder) for task in sorted(self.manifests))
+        kind = method.autoencoder.kind
+        return GateRef(kind, self.statistics, autoencoders, method.temp, method.confidence_threshold)
+
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """The registry and the relatedness table, over the sealed tasks."""
+        sealed = [self.relatedness[task] for task in sorted(self.manifests)]
+        return (
+            registry_table(list(self.manifests.values()), self.timings),
+            relatedness_table(sealed, self.labels),
+        )

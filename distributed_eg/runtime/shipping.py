@@ -1,0 +1,108 @@
+"""How datasets reach workers: every leaf dataset once, however many experiences view it.
+
+A leaf is a ``torch.utils.data.Dataset`` that is not itself a view (``Subset``, ``ConcatDataset``); Avalanche's own
+datasets are views, and no torch datasets. The view is pickled around its leaves and travels with each request; a leaf
+lies in the object store as pickled bytes. Every stage unpickles its own writable copy, so that a transform that works
+in place, or a dataset that counts its reads, changes nothing for another stage, wherever that runs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import cloudpickle
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from distributed_eg.errors import InputError
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A pickled value around references to its leaves; ``leaves`` mean something to the engine that made them."""
+
+    view: bytes
+    leaves: tuple[Any, ...]
+
+    def load(self, fetch: Callable[[Any], Any]) -> Any:
+        """A new copy of the value; ``fetch`` gives the bytes behind a leaf reference."""
+        return _ViewUnpickler(io.BytesIO(self.view), self.leaves, fetch).load()
+
+
+class LeafStore(Protocol):
+    """Where an engine keeps the bytes of leaves."""
+
+    def put(self, data: bytes) -> Any:
+        """Keep ``data``; return what a worker's ``fetch`` finds it by."""
+
+
+class _Leaf:
+    """A leaf and where its bytes are; alive as long as any shipment that contains it."""
+
+    def __init__(self, dataset: Dataset[Any], reference: Any) -> None:
+        self.dataset = dataset
+        self.reference = reference
+
+
+class Shipper:
+    """Ships values; a leaf that several of them contain is stored once while any of them is held."""
+
+    def __init__(self, store: LeafStore) -> None:
+        self._store = store
+        # By id(), which is safe: the leaf that the entry holds keeps its id from being used again.
+        self._leaves: weakref.WeakValueDictionary[int, _Leaf] = weakref.WeakValueDictionary()
+
+    def ship(self, value: Any, what: str) -> tuple[Shipped, object]:
+        """Pickle ``value``; also return what must be held while others may share its leaves.
+
+        Raises:
+            InputError: something in it cannot be pickled; the message names ``what``.
+        """
+        buffer = io.BytesIO()
+        pickler = _ViewPickler(buffer, self._leaf)
+        try:
+            pickler.dump(value)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise InputError(f"{what} cannot be sent to a worker: {error}") from error
+        leaves = tuple(pickler.leaves)
+        return Shipped(buffer.getvalue(), tuple(leaf.reference for leaf in leaves)), leaves
+
+    def _leaf(self, dataset: Dataset[Any]) -> _Leaf:
+        leaf = self._leaves.get(id(dataset))
+        if leaf is None:
+            leaf = _Leaf(dataset, self._store.put(cloudpickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)))
+            self._leaves[id(dataset)] = leaf
+        return leaf
+
+
+class _ViewPickler(cloudpickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, leaf_of: Callable[[Dataset[Any]], _Leaf]) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        self._leaf_of = leaf_of
+        self._positions: dict[int, int] = {}
+        self.leaves: list[_Leaf] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Dataset) or isinstance(obj, Subset | ConcatDataset):
+            return None
+        if id(obj) not in self._positions:
+            self._positions[id(obj)] = len(self.leaves)
+            self.leaves.append(self._leaf_of(obj))
+        return self._positions[id(obj)]
+
+
+class _ViewUnpickler(pickle.Unpickler):
+    def __init__(self, buffer: io.BytesIO, leaves: tuple[Any, ...], fetch: Callable[[Any], Any]) -> None:
+        super().__init__(buffer)
+        self._leaves = leaves
+        self._fetch = fetch
+        self._loaded: dict[int, Any] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid not in self._loaded:
+            self._loaded[pid] = pickle.loads(self._fetch(self._leaves[pid]))
+        return self._loaded[pid]

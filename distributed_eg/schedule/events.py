@@ -1,0 +1,81 @@
+"""What the machine is told, and the words for stages and failures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from distributed_eg.types import TaskId
+
+
+class Stage(str, Enum):
+    """The stages of a task, in their order. Each ends with something sealed, but for FEATURES, whose result is a
+    cache in a node's scratch folder."""
+
+    FEATURES = "features"
+    """Images through the backbone; on the run's first task, the standardization statistics too."""
+    AUTOENCODER = "autoencoder"
+    RELATE = "relate"
+    EXPERT = "expert"
+
+
+class Cause(str, Enum):
+    """Why a stage failed; what may help differs by cause."""
+
+    RAISED = "raised"
+    """The stage's own code raised: the same input gives the same error again."""
+    WORKER_LOST = "worker lost"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """A worker is ready and idle; ``node`` is where its scratch folder lies."""
+
+    worker: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker is gone, and with it the stage that it ran."""
+
+    worker: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskArrived:
+    """The stream's next task; tasks arrive in order."""
+
+    task: TaskId
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnded:
+    """No further task will arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageFinished:
+    """A stage's result is sealed and recorded."""
+
+    task: TaskId
+    stage: Stage
+    attempt: int
+    parent: TaskId | None = None
+    """After RELATE: the task whose expert the new one starts from; None for the pretrained root."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageFailed:
+    """A stage gave no result."""
+
+    task: TaskId
+    stage: Stage
+    attempt: int
+    cause: Cause
+    message: str
+
+
+Event: TypeAlias = WorkerJoined | WorkerLost | TaskArrived | StreamEnded | StageFinished | StageFailed

@@ -1,0 +1,36 @@
+"""What the machine asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from distributed_eg.schedule.events import Stage
+from distributed_eg.types import TaskId
+
+
+@dataclass(frozen=True, slots=True)
+class RunStage:
+    """Run a stage on a worker, and report its end with the same attempt number."""
+
+    task: TaskId
+    stage: Stage
+    attempt: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullTask:
+    """A worker would be idle: bring the stream's next task, or say that the stream has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFailure:
+    """A task will not be trained: its own stage failed for good, or ``message`` names what it needed."""
+
+    task: TaskId
+    stage: Stage
+    message: str
+
+
+Instruction: TypeAlias = RunStage | PullTask | ReportFailure

@@ -1,0 +1,81 @@
+"""Features of one task in node-local scratch: an Arrow IPC file, written as a stream and read by memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distributed_eg.errors import StorageError
+from distributed_eg.method.standardize import Statistics, standardize
+
+
+def write_features(path: Path, batches: Iterable[Tensor]) -> int:
+    """Write (rows, num_features) float32 ``batches``; the file appears under ``path`` only when it is whole.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        StorageError: the scratch folder cannot be written or is full.
+    """
+    partial = path.with_suffix(".partial")
+    rows = 0
+    writer: pa.ipc.RecordBatchFileWriter | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(partial), "wb") as sink:
+            for batch in batches:
+                values = batch.cpu().numpy()
+                array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+                record = pa.record_batch([array], names=["features"])
+                writer = writer or pa.ipc.new_file(sink, record.schema)
+                writer.write_batch(record)
+                rows += len(values)
+            if writer is not None:
+                writer.close()
+        partial.replace(path)
+    except OSError as error:
+        raise StorageError(f"The scratch folder {str(path.parent)!r} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return rows
+
+
+class FeatureFile:
+    """Rows of a feature file, memory-mapped; standardized on the way out where ``statistics`` are given."""
+
+    def __init__(self, path: Path, statistics: Statistics | None = None, device: torch.device | str = "cpu") -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._views: list[np.ndarray] = []
+        for i in range(reader.num_record_batches):
+            column = reader.get_batch(i).column(0)
+            self._views.append(column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1))
+        self._starts = np.cumsum([0, *(len(view) for view in self._views)])
+        self._statistics = statistics
+        self._device = device
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self._starts[-1])
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The rows at ``indices``, copied out of the file: (len(indices), num_features) float32."""
+        wanted = np.asarray(indices)
+        files = np.searchsorted(self._starts, wanted, side="right") - 1
+        offsets = wanted - self._starts[files]
+        picked = [self._views[file][offset] for file, offset in zip(files, offsets, strict=True)]
+        return self._prepare(np.stack(picked))
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """All rows in order, at most ``size`` at a time."""
+        for first in range(0, len(self), size):
+            yield self.rows(range(first, min(first + size, len(self))))
+
+    def _prepare(self, values: np.ndarray) -> Tensor:
+        features = torch.from_numpy(values).to(self._device)
+        return features if self._statistics is None else standardize(features, self._statistics)

@@ -1,0 +1,35 @@
+"""Names of everything in a run directory, and the schema version of its records.
+
+    run.json                              what the run is: configuration, versions, backbone
+    root-<hash>.safetensors               the pretrained root network
+    statistics.json                       names statistics-<hash>.safetensors
+    tasks/00003/autoencoder.json          names autoencoder-<hash>.safetensors
+    tasks/00003/relatedness.json          the task's row of the relatedness table, and its parent
+    tasks/00003/manifest.json             the seal: names the expert and the hashes of all of the above
+    tasks/00003/timings.json              who did what for how long; never hashed
+    tables/registry.parquet, tables/relatedness.parquet   exports for people, rebuilt from the records
+
+Weights are named by their own hash: a second attempt at the same stage writes the same file.
+"""
+
+from __future__ import annotations
+
+from distributed_eg.types import TaskId
+
+SCHEMA_VERSION = 1
+
+RUN = "run.json"
+STATISTICS = "statistics.json"
+TASKS = "tasks"
+REGISTRY_TABLE = "tables/registry.parquet"
+RELATEDNESS_TABLE = "tables/relatedness.parquet"
+
+
+def task_file(task: TaskId, name: str) -> str:
+    """Path of a task's record: ``name`` is "autoencoder", "relatedness", "manifest" or "timings"."""
+    return f"{TASKS}/{task:05d}/{name}.json"
+
+
+def task_weights(task: TaskId, name: str) -> str:
+    """Path of a task's weights without hash and ending: ``name`` is "autoencoder" or "expert"."""
+    return f"{TASKS}/{task:05d}/{name}"

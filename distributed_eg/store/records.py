@@ -1,0 +1,147 @@
+"""The records of a run: what each stage leaves behind, as frozen values and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distributed_eg.errors import StorageError
+from distributed_eg.store import layout
+from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.types import AutoencoderKind, RelatednessRow, TaskId, Transfer, TransferChoice
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsRecord:
+    """The run's standardization statistics, and the root's autoencoder where a reference was given."""
+
+    artifact: Artifact
+    num_samples: int
+    root_autoencoder: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AutoencoderRecord:
+    """A task's sealed autoencoder."""
+
+    task: TaskId
+    kind: AutoencoderKind
+    artifact: Artifact
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class RelatednessRecord:
+    """A task's row of the relatedness table and the parent that follows from it."""
+
+    task: TaskId
+    choice: TransferChoice
+    own_error: float
+    variance: float
+    rows: tuple[RelatednessRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskManifest:
+    """The seal of a task: it exists when this is written."""
+
+    task: TaskId
+    label: int
+    classes: tuple[int, ...]
+    parent: TaskId | None
+    transfer: Transfer
+    distillation: float | None
+    """Mean distillation term over the training iterations; None where the expert did not learn by LwF."""
+    autoencoder: Artifact
+    relatedness: Artifact
+    expert: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Who did a stage and for how long; kept beside the records, never hashed."""
+
+    stage: str
+    worker: str
+    seconds: float
+
+
+def write_statistics(storage: Storage, record: StatisticsRecord) -> Artifact:
+    """Seal the statistics record."""
+    return storage.write_record(layout.STATISTICS, asdict(record))
+
+
+def read_statistics(storage: Storage) -> StatisticsRecord | None:
+    """The statistics record, or None where the run has none yet."""
+    if not storage.exists(layout.STATISTICS):
+        return None
+    raw = storage.read_record(layout.STATISTICS)
+    root = raw["root_autoencoder"]
+    return StatisticsRecord(Artifact(**raw["artifact"]), raw["num_samples"], root and Artifact(**root))
+
+
+def write_autoencoder(storage: Storage, record: AutoencoderRecord) -> Artifact:
+    """Seal a task's autoencoder record."""
+    return storage.write_record(layout.task_file(record.task, "autoencoder"), asdict(record))
+
+
+def read_autoencoder(storage: Storage, task: TaskId) -> AutoencoderRecord | None:
+    """A task's autoencoder record, or None where there is none yet."""
+    raw = _read_task_record(storage, task, "autoencoder")
+    return None if raw is None else AutoencoderRecord(**{**raw, "artifact": Artifact(**raw["artifact"])})
+
+
+def write_relatedness(storage: Storage, record: RelatednessRecord) -> Artifact:
+    """Seal a task's relatedness record."""
+    return storage.write_record(layout.task_file(record.task, "relatedness"), asdict(record))
+
+
+def read_relatedness(storage: Storage, task: TaskId) -> RelatednessRecord | None:
+    """A task's relatedness record, or None where there is none yet."""
+    raw = _read_task_record(storage, task, "relatedness")
+    if raw is None:
+        return None
+    rows = tuple(RelatednessRow(**row) for row in raw["rows"])
+    return RelatednessRecord(**{**raw, "choice": TransferChoice(**raw["choice"]), "rows": rows})
+
+
+def write_manifest(storage: Storage, manifest: TaskManifest) -> Artifact:
+    """Seal a task."""
+    return storage.write_record(layout.task_file(manifest.task, "manifest"), asdict(manifest))
+
+
+def read_manifest(storage: Storage, task: TaskId) -> TaskManifest | None:
+    """A task's manifest, or None where the task is not sealed."""
+    raw = _read_task_record(storage, task, "manifest")
+    if raw is None:
+        return None
+    artifacts = {name: Artifact(**raw[name]) for name in ("autoencoder", "relatedness", "expert")}
+    return TaskManifest(**{**raw, **artifacts, "classes": tuple(raw["classes"])})
+
+
+def write_timings(storage: Storage, task: TaskId, timings: list[StageTiming]) -> None:
+    """Note who did what for how long."""
+    storage.write_record(layout.task_file(task, "timings"), {"stages": [asdict(timing) for timing in timings]})
+
+
+def read_timings(storage: Storage, task: TaskId) -> list[StageTiming]:
+    """Who did what for how long; empty where nothing was noted."""
+    raw = _read_task_record(storage, task, "timings")
+    return [] if raw is None else [StageTiming(**timing) for timing in raw["stages"]]
+
+
+def stored_tasks(storage: Storage) -> list[TaskId]:
+    """Tasks that have any record, in order."""
+    return [int(name) for name in storage.list(layout.TASKS)]
+
+
+def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, Any] | None:
+    path = layout.task_file(task, name)
+    if not storage.exists(path):
+        return None
+    raw = storage.read_record(path)
+    if raw.setdefault("task", task) != task:
+        raise StorageError(f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
+    if name == "timings":
+        del raw["task"]
+    return raw

@@ -1,0 +1,83 @@
+"""The registry and the relatedness table as Arrow tables, and their Parquet exports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distributed_eg.store import layout
+from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest
+from distributed_eg.store.sealing import Storage
+from distributed_eg.types import TaskId
+
+REGISTRY_SCHEMA = pa.schema(
+    [
+        pa.field("task", pa.int64(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("parent", pa.int64()),
+        pa.field("transfer", pa.string(), nullable=False),
+        pa.field("num_classes", pa.int64(), nullable=False),
+        pa.field("autoencoder_sha256", pa.string(), nullable=False),
+        pa.field("expert_sha256", pa.string(), nullable=False),
+        pa.field("train_s", pa.float64(), nullable=False),
+        pa.field("worker", pa.string()),
+    ]
+)
+
+RELATEDNESS_SCHEMA = pa.schema(
+    [
+        pa.field("task", pa.int64(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+        pa.field("candidate", pa.int64()),
+        pa.field("error", pa.float64(), nullable=False),
+        pa.field("own_error", pa.float64(), nullable=False),
+        pa.field("variance", pa.float64(), nullable=False),
+        pa.field("unit", pa.string(), nullable=False),
+        pa.field("relatedness", pa.float64(), nullable=False),
+        pa.field("chosen", pa.bool_(), nullable=False),
+        pa.field("transfer", pa.string()),
+    ]
+)
+
+
+def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, Sequence[StageTiming]]) -> pa.Table:
+    """One row a sealed task, in task order; ``train_s`` sums its stages, ``worker`` trained its expert."""
+    rows = []
+    for manifest in sorted(manifests, key=lambda manifest: manifest.task):
+        stages = timings.get(manifest.task, ())
+        workers = [timing.worker for timing in stages if timing.stage == "expert"]
+        rows.append(
+            {
+                "task": manifest.task,
+                "label": manifest.label,
+                "parent": manifest.parent,
+                "transfer": manifest.transfer,
+                "num_classes": len(manifest.classes),
+                "autoencoder_sha256": manifest.autoencoder.sha256,
+                "expert_sha256": manifest.expert.sha256,
+                "train_s": sum(timing.seconds for timing in stages),
+                "worker": workers[-1] if workers else None,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=REGISTRY_SCHEMA)
+
+
+def relatedness_table(records: Sequence[RelatednessRecord], labels: Mapping[TaskId, int]) -> pa.Table:
+    """One row a task and candidate; candidate null stands for the pretrained root."""
+    rows = [
+        {**asdict(row), "label": labels[record.task]}
+        for record in sorted(records, key=lambda record: record.task)
+        for row in record.rows
+    ]
+    return pa.Table.from_pylist(rows, schema=RELATEDNESS_SCHEMA)
+
+
+def export_tables(storage: Storage, registry: pa.Table, relatedness: pa.Table) -> None:
+    """Write both tables as Parquet, for people; nothing of ours reads them back."""
+    for path, table in ((layout.REGISTRY_TABLE, registry), (layout.RELATEDNESS_TABLE, relatedness)):
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        storage.write(path, sink.getvalue().to_pybytes())

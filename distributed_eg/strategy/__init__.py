@@ -1,0 +1,1 @@
+"""The face that Avalanche's users know: the model, the strategy, the metrics."""

@@ -1,0 +1,125 @@
+"""Evaluation on workers: what is asked of them for a stream, and how their answers reach Avalanche's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from torch import Tensor
+
+from distributed_eg.config import MethodConfig
+from distributed_eg.errors import InputError
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
+from distributed_eg.runtime.registry import Registry
+from distributed_eg.runtime.requests import EvaluateRequest, EvaluateResult
+from distributed_eg.runtime.shipping import Shipped
+from distributed_eg.strategy.experiences import label_of, task_labels_of
+from distributed_eg.strategy.metrics import RoutedBatch
+
+_UNKNOWN = -1
+
+
+def right_tasks(experience: CLExperience, registry: Registry) -> list[int]:
+    """The task that each sample belongs to, by its label; −1 where no trained task has it."""
+    dataset = experience.dataset
+    labels = task_labels_of(experience)
+    if labels is not None and len(labels) > 1:
+        of_sample = [int(label) for label in dataset.targets_task_labels]
+    else:
+        of_sample = [label_of(experience)] * len(dataset)
+    tasks = {label: registry.task_of_label(label) for label in set(of_sample)}
+    return [_UNKNOWN if (task := tasks[label]) is None else task for label in of_sample]
+
+
+def plan(
+    shipped: Shipped, right: Sequence[int], batch_size: int, num_shards: int, registry: Registry, method: MethodConfig
+) -> list[EvaluateRequest]:
+    """Requests for one experience: at most ``num_shards`` runs of whole batches, so that the batches, hence the
+    bytes, do not depend on how many there are."""
+    num_batches = -(-len(right) // batch_size)
+    per_shard = -(-num_batches // num_shards) * batch_size
+    experts = {task: registry.expert_ref(task) for task in registry.manifests}
+    gate = registry.gate_ref(method)
+    return [
+        EvaluateRequest(
+            shipped,
+            first,
+            min(first + per_shard, len(right)),
+            batch_size,
+            gate,
+            experts,
+            tuple(right[first : first + per_shard]),
+        )
+        for first in range(0, len(right), per_shard)
+    ]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    targets: Tensor
+    routed: RoutedBatch
+    classes: Tensor
+    log_probabilities: Tensor
+
+
+class Answers:
+    """The workers' answers for one experience, handed out in the order of its samples."""
+
+    def __init__(self, results: Sequence[EvaluateResult], right: Sequence[int], width: int) -> None:
+        self._parts: Iterator[_Answer] = iter(_parts(results, right))
+        self._width = width
+        self._left: list[_Answer] = []
+
+    def take(self, targets: Tensor) -> tuple[Tensor, RoutedBatch]:
+        """Outputs (n, width) and routing of the next samples.
+
+        Raises:
+            InputError: their targets are not those that the workers saw.
+        """
+        outputs = torch.full((len(targets), self._width), ABSENT_LOG_PROBABILITY)
+        routed: list[RoutedBatch] = []
+        filled = 0
+        while filled < len(targets):
+            answer = self._next(len(targets) - filled)
+            rows = slice(filled, filled + len(answer.targets))
+            if not torch.equal(answer.targets, targets[rows].cpu()):
+                raise InputError(
+                    "The evaluation loader gives other samples, or another order, than the experience's dataset: "
+                    "leave shuffle off in eval, and change samples in eval_dataset_adaptation only."
+                )
+            outputs[rows, answer.classes] = answer.log_probabilities
+            routed.append(answer.routed)
+            filled += len(answer.targets)
+        return outputs, RoutedBatch(*(torch.cat(column) for column in zip(*routed, strict=True)))
+
+    def _next(self, most: int) -> _Answer:
+        answer = self._left.pop() if self._left else next(self._parts, None)
+        if answer is None:
+            raise InputError("The evaluation loader gives more samples than the experience's dataset holds.")
+        if len(answer.targets) > most:
+            self._left.append(_rows(answer, slice(most, None)))
+            answer = _rows(answer, slice(0, most))
+        return answer
+
+
+def _parts(results: Sequence[EvaluateResult], right: Sequence[int]) -> Iterator[_Answer]:
+    first = 0
+    for result in results:
+        tensors: list[Any] = [torch.from_numpy(a.copy()) for a in (result.tasks, result.confidences)]
+        here = torch.tensor(right[first : first + len(result.targets)])
+        routed = RoutedBatch(tensors[0], here, tensors[1], torch.from_numpy(result.expert_predictions.copy()))
+        yield _Answer(
+            torch.from_numpy(result.targets.copy()),
+            routed,
+            torch.from_numpy(result.classes.copy()),
+            torch.from_numpy(result.log_probabilities.copy()),
+        )
+        first += len(result.targets)
+
+
+def _rows(answer: _Answer, rows: slice) -> _Answer:
+    routed = RoutedBatch(*(column[rows] for column in answer.routed))
+    return _Answer(answer.targets[rows], routed, answer.classes, answer.log_probabilities[rows])

@@ -1,0 +1,110 @@
+"""Metrics of training: recorded on the worker by a logger that takes every callback, replayed on the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.logging import BaseLogger
+from avalanche.training.plugins import EvaluationPlugin
+
+if TYPE_CHECKING:
+    from avalanche.training.templates import SupervisedTemplate
+
+# Loggers and the clock act on these even where no metric speaks.
+_ALWAYS = frozenset(
+    {
+        "before_training",
+        "before_training_exp",
+        "before_training_epoch",
+        "after_training_iteration",
+        "after_training_epoch",
+        "after_training_exp",
+        "after_training",
+        "before_eval",
+        "before_eval_exp",
+        "after_eval_iteration",
+        "after_eval_exp",
+        "after_eval",
+    }
+)
+_TASK_LEVEL = ("before_training", "before_training_exp", "after_training_exp", "after_training")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedValue:
+    """A metric value; ``metric`` is the position of its metric in the evaluator."""
+
+    metric: int
+    name: str
+    value: Any
+    x: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCallback:
+    """One callback and the values that came with it; ``num_batches`` is the length of the epoch's loader."""
+
+    callback: str
+    values: tuple[RecordedValue, ...]
+    num_batches: int
+
+
+class RecordingLogger(BaseLogger):
+    """Keeps every callback with its metric values, in order."""
+
+    def __init__(self, metrics: Sequence[Any]) -> None:
+        super().__init__()
+        self.records: list[RecordedCallback] = []
+        self._positions = {id(metric): position for position, metric in enumerate(metrics)}
+
+    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
+        """Nothing: values come with their callback."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith(("before_", "after_")):
+            return super().__getattribute__(name)
+        return _recorder(self, name)
+
+
+def _recorder(logger: RecordingLogger, callback: str) -> Callable[..., None]:
+    def record(strategy: SupervisedTemplate, values: Sequence[MetricValue], **_: Any) -> None:
+        if not values and callback not in _ALWAYS:
+            return
+        positions = logger._positions
+        kept = tuple(RecordedValue(positions.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
+        size = len(strategy.dataloader) if hasattr(strategy.dataloader, "__len__") else 0
+        logger.records.append(RecordedCallback(callback, kept, size))
+
+    return record
+
+
+def replay(strategy: SupervisedTemplate, evaluator: EvaluationPlugin, records: Sequence[RecordedCallback]) -> None:
+    """Publish recorded values through the user's evaluator, at the driver's position, and tell its loggers.
+
+    The driver's own metrics also get the four task-level callbacks, so that what they remember of the sequence
+    (forgetting, transfer) stays right; what they would emit there was emitted on the worker already.
+    """
+    offset = strategy.clock.train_iterations
+    for record in records:
+        strategy.dataloader = range(record.num_batches)
+        strategy.is_training = "_eval" not in record.callback
+        if record.callback in _TASK_LEVEL:
+            for metric in evaluator.metrics:
+                getattr(metric, record.callback, lambda _strategy: None)(strategy)
+        if evaluator.active:
+            values = [
+                MetricValue(evaluator.metrics[v.metric] if v.metric >= 0 else None, v.name, v.value, v.x + offset)
+                for v in record.values
+            ]
+            for value in values:
+                evaluator.publish_metric_value(value)
+            for logger in evaluator.loggers:
+                logger.log_metrics(values)
+                if hasattr(logger, record.callback):
+                    getattr(logger, record.callback)(strategy, values)
+            evaluator._metric_values = []
+        if hasattr(strategy.clock, record.callback):
+            getattr(strategy.clock, record.callback)(strategy)

@@ -1,0 +1,455 @@
+"""Expert Gate behind Avalanche's interface: the same class drives the run here and trains each expert on a worker."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+from torch.nn import CrossEntropyLoss
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
+from distributed_eg.errors import InputError
+from distributed_eg.runtime.opening import OpenRun, open_run
+from distributed_eg.runtime.requests import TaskInput
+from distributed_eg.runtime.session import Observer
+from distributed_eg.store.reading import ExpertReader, Reference
+from distributed_eg.store.records import TaskManifest
+from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
+from distributed_eg.strategy.evaluation import Answers, plan, right_tasks
+from distributed_eg.strategy.experiences import classes_of, info_of, label_of, task_data
+from distributed_eg.strategy.metrics import RoutedBatch, gate_metrics
+from distributed_eg.strategy.model import ExpertGate, SingleExpert
+from distributed_eg.strategy.recording import replay
+from distributed_eg.strategy.reporting import GateReporter
+from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
+from distributed_eg.strategy.travelling import pack
+from distributed_eg.types import TaskId
+
+logger = logging.getLogger(__name__)
+
+_DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "_open", "_finalizer", "_reporter"})
+_SGD_ONLY = {"ae_train_mb_size": 1, "ae_train_epochs": 2, "ae_lr": 1e-3, "ae_optimizer": "sgd"}
+
+
+class ExpertGateStrategy(SupervisedTemplate):
+    """Expert Gate: an autoencoder and an expert a task, a gate that routes each test image by itself.
+
+    Tasks of a stream train in parallel, as their dependencies allow, on Ray workers; each expert trains in a copy of
+    this very strategy, with its hooks, plugins and overridden methods. The result is the same, byte for byte, however
+    many workers there are.
+
+    Source: Aljundi, Chakravarty, Tuytelaars, "Expert Gate: Lifelong Learning with a Network of Experts", CVPR 2017.
+    The parameters up to ``rel_thresh`` are those of ``avalanche.training.ExpertGateStrategy``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = CrossEntropyLoss(),  # noqa: B008 - Avalanche's own signature; it holds no state
+        train_mb_size: int = 1,
+        train_epochs: int = 1,
+        eval_mb_size: int | None = None,
+        device: torch.device | str | None = None,
+        plugins: list[SupervisedPlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        eval_every: int = -1,
+        ae_train_mb_size: int = 1,
+        ae_train_epochs: int = 2,
+        ae_latent_dim: int = 100,
+        ae_lr: float = 1e-3,
+        temp: float = 2,
+        rel_thresh: float = 0.85,
+        ae_optimizer: AutoencoderOptimizer = "sgd",
+        cluster: ClusterConfig | None = None,
+        seed: int = 0,
+        distillation_weight: float = 1.0,
+        distillation_temp: float = 2.0,
+        confidence_threshold: float | None = None,
+        validation_fraction: float = 0.1,
+        freeze_norm: bool = True,
+        reference: Dataset[Any] | str | Path | None = None,
+        observer: Observer | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        """Check everything; nothing starts before ``train``.
+
+        Args:
+            model: an ``ExpertGate``.
+            optimizer: over ``model.expert``'s parameters; each expert trains with a copy of it, over its own
+                parameters of the same names, in the same groups.
+            criterion: loss of outputs and targets. One that is no plain cross-entropy gets the task's local logits and
+                class positions, for others' classes are at −inf.
+            train_mb_size: mini-batch size of an expert's training.
+            train_epochs: epochs of an expert's training.
+            eval_mb_size: mini-batch size of evaluation; None is ``train_mb_size``.
+            device: None is the GPU that a worker is given, else the CPU.
+            plugins: run around each expert's training, each task with its own copy.
+            evaluator: metrics and loggers; None for none.
+            eval_every: as in Avalanche; inside training it measures the expert that trains, without the gate.
+            ae_train_mb_size: mini-batch size of an autoencoder's training ("sgd" only, like the two below).
+            ae_train_epochs: epochs of an autoencoder's training.
+            ae_latent_dim: hidden units of an autoencoder.
+            ae_lr: learning rate of an autoencoder's training.
+            temp: temperature of the gate's softmax.
+            rel_thresh: relatedness above which an expert learns without forgetting from its parent.
+            ae_optimizer: "sgd" (momentum 0.9), "adagrad" or "adam".
+            cluster: where to run; None is Ray on this machine.
+            seed: of everything that is drawn.
+            distillation_weight: λ of learning without forgetting.
+            distillation_temp: its temperature.
+            confidence_threshold: experts that are at least this confident answer together; None: the best alone.
+            validation_fraction: share of a task's samples that relatedness is measured on.
+            freeze_norm: keep running statistics of batch normalisation as the parent has them.
+            reference: a dataset, or a file of ``save_reference``, for the standardization statistics; it also makes
+                the pretrained root a candidate parent. None: the first task's features give the statistics.
+            observer: called on this process with every stage that starts or ends.
+
+        Raises:
+            InputError: a value cannot be used; the message names it.
+        """
+        if not isinstance(model, ExpertGate):
+            raise InputError(f"ExpertGateStrategy needs a distributed_eg.ExpertGate model, not {type(model).__name__}.")
+        autoencoder = AutoencoderConfig(
+            kind=model.autoencoder,
+            latent_dim=ae_latent_dim,
+            lr=ae_lr,
+            epochs=ae_train_epochs,
+            batch_size=ae_train_mb_size,
+            optimizer=ae_optimizer,
+        )
+        given = {
+            "ae_train_mb_size": ae_train_mb_size,
+            "ae_train_epochs": ae_train_epochs,
+            "ae_lr": ae_lr,
+            "ae_optimizer": ae_optimizer,
+        }
+        ignored = [name for name, value in given.items() if value != _SGD_ONLY[name]]
+        if autoencoder.kind == "linear" and ignored:
+            warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=3)
+        _check_optimizer(optimizer, model)
+        self.method = MethodConfig(
+            autoencoder=autoencoder,
+            temp=temp,
+            rel_thresh=rel_thresh,
+            confidence_threshold=confidence_threshold,
+            distillation_weight=distillation_weight,
+            distillation_temp=distillation_temp,
+            freeze_norm=freeze_norm,
+            validation_fraction=validation_fraction,
+            feature_batch_size=max(32, train_mb_size if eval_mb_size is None else eval_mb_size),
+            seed=seed,
+        )
+        self.ae_train_mb_size = ae_train_mb_size
+        self.ae_train_epochs = ae_train_epochs
+        self.ae_latent_dim = ae_latent_dim
+        self.ae_lr = ae_lr
+        self.rel_thresh = rel_thresh
+        self.cluster = cluster or ClusterConfig()
+        self.reference = reference
+        self.observer = observer
+        self._asked_device = None if device is None else str(device)
+        wants_cuda = self._asked_device is not None and self._asked_device.startswith("cuda")
+        here = "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=here,
+            plugins=plugins,
+            evaluator=evaluator,
+            eval_every=eval_every,
+            **base_kwargs,
+        )
+        self.routed: RoutedBatch | None = None
+        self._open: OpenRun | None = None
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._answers: dict[int, Answers] = {}
+        own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else gate_metrics()
+        self._reporter = GateReporter(own)
+
+    # What users look at
+
+    @property
+    def registry(self) -> pa.Table:
+        """One row a task: task, label, parent (null: the root), transfer, num_classes, hashes, train_s, worker."""
+        if self._open is None:
+            return REGISTRY_SCHEMA.empty_table()
+        return self._open.session.registry.tables()[0]
+
+    @property
+    def relatedness(self) -> pa.Table:
+        """One row a task and candidate (null: the root): errors, unit, relatedness, which was chosen, and how."""
+        if self._open is None:
+            return RELATEDNESS_SCHEMA.empty_table()
+        return self._open.session.registry.tables()[1]
+
+    @property
+    def run_dir(self) -> str | None:
+        """The run directory's path or URI; None before the first ``train``."""
+        return None if self._open is None else self._open.storage.uri
+
+    # Training
+
+    def train(
+        self,
+        experiences: CLExperience | Iterable[CLExperience],
+        eval_streams: Sequence[CLExperience | Iterable[CLExperience]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Train the tasks of ``experiences``: one experience, a list, or a stream, in parallel where they allow it.
+
+        Args:
+            experiences: what to learn; a generator's experiences are read one by one.
+            eval_streams: what an expert is measured on while it trains (``eval_every``); None: its task's validation
+                part.
+            kwargs: loader arguments, as in Avalanche (``num_workers``, ``shuffle``, ``drop_last``, …).
+
+        Returns:
+            The last value of every metric.
+
+        Raises:
+            InputError: an experience cannot be used; nothing was changed.
+            TaskFailedError: tasks failed; every other task is committed.
+        """
+        sized = [experiences] if not isinstance(experiences, Iterable) else experiences
+        if hasattr(sized, "__len__"):
+            sized = list(sized)
+            self._check_new(sized)
+        run = self._opened()
+        trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
+        shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
+        pending: dict[TaskId, tuple[CLExperience, object]] = {}
+        inputs = self._inputs(run, sized, eval_streams, pending)
+        num_tasks = len(sized) if isinstance(sized, list) else None
+
+        def on_commit(manifest: TaskManifest, log: Any) -> None:
+            self.experience = pending.pop(manifest.task)[0].logging()
+            replay(self, self.evaluator, log)
+
+        try:
+            run.session.train(inputs, num_tasks, shipped_trainer, on_commit)
+        finally:
+            self._train_cleanup()
+            self._attach_model(run)
+        return self.evaluator.get_last_metrics()
+
+    def train_expert(
+        self,
+        model: SingleExpert,
+        experience: CLExperience,
+        evaluations: Sequence[CLExperience],
+        loader_args: dict[str, Any],
+    ) -> None:
+        """Avalanche's training loop over one experience; called on a worker, on that worker's copy."""
+        weight = getattr(self._criterion, "weight", None)
+        if isinstance(weight, Tensor):
+            model.width = max(model.width, len(weight))
+        streams = group_by_stream(evaluations) if self.eval_every > -1 else []
+        super().train([experience], eval_streams=streams, **loader_args)
+
+    # Evaluation
+
+    @torch.no_grad()
+    def eval(self, exp_list: CLExperience | Iterable[CLExperience], **kwargs: Any) -> dict[str, Any]:
+        """Evaluate on one experience, a list or a stream; each sample is routed by itself.
+
+        Returns:
+            The last value of every metric: the evaluator's, and ``Gate_Acc_…``, ``Expert_Acc_…``, ``EndToEnd_Acc_…``
+            per experience and for the stream.
+        """
+        if isinstance(self.model, SingleExpert) or self._open is None or not self._open.session.registry.manifests:
+            return super().eval(exp_list, **kwargs)
+        # A generator can be read only once; its experiences are needed twice.
+        keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
+        experiences = exp_list if keep else list(exp_list)
+        self._ask_workers(self._open, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
+        self.plugins.insert(0, self._reporter)
+        try:
+            return super().eval(experiences, **kwargs)
+        finally:
+            self.plugins.remove(self._reporter)
+            self.routed = None
+            self._answers.clear()
+
+    def forward(self) -> Tensor:
+        """The model's output for the current mini-batch: on a worker the expert's, in ``eval`` the workers' answers."""
+        answers = self._answers.get(self.experience.current_experience) if self._answers else None
+        if answers is None:
+            return super().forward()
+        outputs, self.routed = answers.take(self.mb_y)
+        return outputs.to(self.device)
+
+    def criterion(self) -> Tensor:
+        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets."""
+        model = self.model
+        if not isinstance(model, SingleExpert) or not self.is_training or _takes_infinities(self._criterion):
+            return super().criterion()
+        classes = torch.tensor(model.classes, device=self.mb_y.device)
+        return self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
+
+    # The run behind it
+
+    def save_reference(self, path: str | Path) -> None:
+        """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
+
+        Raises:
+            InputError: nothing is trained yet.
+        """
+        if self._open is None or self._open.session.registry.statistics is None:
+            raise InputError("There are no statistics to save yet: call train first.")
+        reference = Reference.of_run(self._open.storage, self._open.session.registry.statistics)
+        reference.save(path, self.method.autoencoder.kind)
+
+    def close(self) -> None:
+        """End the workers, and Ray where this strategy started it. The model keeps its gate and its experts."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def __enter__(self) -> ExpertGateStrategy:
+        """The strategy itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _opened(self) -> OpenRun:
+        if self._open is not None and self._finalizer is not None and self._finalizer.alive:
+            return self._open
+        if self._open is not None:
+            raise InputError("This strategy was closed; make a new one.")
+        model: ExpertGate = self.model
+        cuda = self._asked_device is None or self._asked_device.startswith("cuda")
+        run = open_run(
+            self.cluster,
+            self.method,
+            root=model.expert,
+            backbone={"arch": model.arch, "weights": model.weights, "pretrained": model.pretrained_flag},
+            feature_layer=model.output_layer_name,
+            shape=model.shape,
+            device=None if cuda and self.cluster.engine == "ray" else self._asked_device,
+            observer=self.observer,
+        )
+        self._finalizer = weakref.finalize(self, run.close)
+        if self.cluster.storage is None:
+            # Experts are read from there as long as the model lives.
+            weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
+        self._open = run
+        if isinstance(self.reference, str | Path):
+            record = Reference.load(self.reference, self.method.autoencoder.kind).store(run.storage)
+            run.session.adopt_reference(record)
+        elif self.reference is not None:
+            dataset = self.reference.eval() if hasattr(self.reference, "eval") else self.reference
+            shipped, _held = run.engine.shipper.ship(dataset, "the reference dataset")
+            run.session.fit_reference(shipped)
+        return run
+
+    def _check_new(self, experiences: Sequence[CLExperience]) -> None:
+        known = {} if self._open is None else {v: k for k, v in self._open.session.registry.labels.items()}
+        for experience in experiences:
+            label = label_of(experience)
+            classes_of(experience)
+            if label in known:
+                raise InputError(
+                    f"Label {label} was trained already, as task {known[label]}; each experience must bring a new "
+                    "label."
+                )
+            known[label] = len(known)
+
+    def _inputs(
+        self,
+        run: OpenRun,
+        experiences: Iterable[CLExperience],
+        eval_streams: Sequence[CLExperience | Iterable[CLExperience]] | None,
+        pending: dict[TaskId, tuple[CLExperience, object]],
+    ) -> Iterator[TaskInput]:
+        given = None if eval_streams is None else list(_flat(eval_streams))
+        first = max(run.session.registry.manifests, default=-1) + 1
+        for task, experience in enumerate(experiences, first):
+            self._check_new([experience])
+            label = label_of(experience)
+            measured = None if given is None else [other for other in given if label_of(other) == label]
+            data = task_data(experience, task, self.method.seed, self.method.validation_fraction, measured)
+            shipped, held = run.engine.shipper.ship(data, f"the dataset of experience {experience.current_experience}")
+            pending[task] = (experience, held)
+            yield TaskInput(task, label, classes_of(experience), shipped, info_of(experience))
+
+    def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:
+        """Have the workers answer for every experience, then keep their answers for the loop."""
+        registry = run.session.registry
+        listed = list(experiences)
+        shards = max(1, -(-max(1, len(run.engine.workers())) // max(1, len(listed))))
+        requests, counts, rights, held = [], [], [], []
+        highest = max(max(manifest.classes) for manifest in registry.manifests.values())
+        for self.experience in listed:
+            self.eval_dataset_adaptation(**kwargs)
+            right = right_tasks(self.experience, registry)
+            shipped, leaves = run.engine.shipper.ship(self.adapted_dataset, "the evaluation dataset")
+            mine = plan(shipped, right, self.eval_mb_size, shards, registry, self.method)
+            requests += mine
+            counts.append(len(mine))
+            rights.append(right)
+            held.append(leaves)
+            highest = max(highest, *(int(c) for c in self.experience.dataset.targets.uniques))
+        results = iter(run.session.evaluate(requests))
+        for experience, count, right in zip(listed, counts, rights, strict=True):
+            answers = Answers([next(results) for _ in range(count)], right, highest + 1)
+            self._answers[experience.current_experience] = answers
+        self.experience = None
+
+    def _attach_model(self, run: OpenRun) -> None:
+        registry = run.session.registry
+        if not registry.manifests:
+            return
+        model: ExpertGate = self.model
+        reader = ExpertReader(run.storage, model.expert, self.cluster.max_resident_experts, model.device)
+        experts = {task: registry.expert_ref(task) for task in registry.manifests}
+        model.attach(reader.gate(registry.gate_ref(self.method)), experts, reader, run.threads)
+
+
+def _flat(streams: Sequence[CLExperience | Iterable[CLExperience]]) -> Iterator[CLExperience]:
+    for stream in streams:
+        if isinstance(stream, Iterable):
+            yield from stream
+        else:
+            yield stream
+
+
+def _takes_infinities(criterion: Any) -> bool:
+    """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
+    if criterion is torch.nn.functional.cross_entropy:
+        return True
+    return type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
+
+
+def _check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(id(parameter) in own for parameter in held):
+        raise InputError(
+            f"The optimizer holds {len(held)} parameters, none of them the model's; make it from "
+            "model.expert.parameters()."
+        )

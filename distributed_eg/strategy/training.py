@@ -1,0 +1,143 @@
+"""Training one expert on a worker with the user's own strategy: Avalanche's loop, hooks, plugins and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.clock import Clock
+from torch import nn
+
+from distributed_eg.errors import DivergedError
+from distributed_eg.method.distill import Distillation
+from distributed_eg.method.expert import find_head
+from distributed_eg.runtime.requests import ExpertJob, TrainedExpert
+from distributed_eg.strategy.experiences import rebuild
+from distributed_eg.strategy.model import SingleExpert
+from distributed_eg.strategy.recording import RecordingLogger
+from distributed_eg.strategy.travelling import PackedStrategy, unpack
+
+
+@dataclass(frozen=True)
+class StrategyTrainer:
+    """Trains experts with a packed strategy; ``loader_args`` are what the user gave to ``train``."""
+
+    packed: PackedStrategy
+    collect_all: bool
+    loader_args: dict[str, Any]
+
+    def train(self, job: ExpertJob) -> TrainedExpert:
+        """Run the strategy's training loop over one experience.
+
+        Raises:
+            DivergedError: the loss, or a weight, is not finite.
+        """
+        model = SingleExpert(job.network, job.classes, _width(job), freeze_norm=job.method.freeze_norm)
+        recorder: RecordingLogger | None = None
+
+        def evaluator_of(metrics: list[Any]) -> EvaluationPlugin:
+            nonlocal recorder
+            travelled = [metric for metric in metrics if metric is not None]
+            recorder = RecordingLogger(metrics)
+            for metric in travelled:
+                metric.reset()
+            return EvaluationPlugin(*travelled, loggers=[recorder], collect_all=self.collect_all)
+
+        clock = Clock()
+        clock.train_exp_counter = job.task
+        strategy = unpack(self.packed, model, job.network, evaluator_of, clock)
+        distillation = _distillation(job, strategy.optimizer)
+        strategy.optimizer.state.clear()
+        rules = _ExpertRules(job, distillation)
+        strategy.plugins = [rules, *strategy.plugins]
+        strategy.device = job.device
+        try:
+            strategy.train_expert(
+                model,
+                rebuild(job.experience, job.data.train),
+                [rebuild(info, dataset) for info, dataset in job.data.evaluations],
+                self.loader_args,
+            )
+        finally:
+            if distillation is not None:
+                distillation.detach()
+        _require_finite(job)
+        assert recorder is not None
+        return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
+
+
+class _ExpertRules(SupervisedPlugin):
+    """The method's own part of the loop: the distillation term, and no loss that is not finite."""
+
+    def __init__(self, job: ExpertJob, distillation: Distillation | None) -> None:
+        super().__init__()
+        self._job = job
+        self._distillation = distillation
+        self._total = 0.0
+        self._count = 0
+
+    @property
+    def mean_distillation(self) -> float | None:
+        """Mean distillation term over the iterations; None without LwF."""
+        return None if self._distillation is None else self._total / max(1, self._count)
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the distillation term, as Avalanche's own LwF plugin does."""
+        if self._distillation is not None:
+            term = self._distillation.loss(strategy.mb_x)
+            strategy.loss = strategy.loss + term
+            self._total += float(term.detach())
+            self._count += 1
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse to step on a loss that is not finite."""
+        if not bool(torch.isfinite(strategy.loss).all()):
+            rates = [group["lr"] for group in strategy.optimizer.param_groups]
+            raise DivergedError(
+                f"The loss of task {self._job.task} (label {self._job.label}) is {float(strategy.loss.sum())} in epoch "
+                f"{strategy.clock.train_exp_epochs}, batch {strategy.clock.train_epoch_iterations}, at learning rate "
+                f"{rates[0] if len(rates) == 1 else rates}; lower the learning rate, or clip the gradients."
+            )
+
+
+def group_by_stream(experiences: Iterable[CLExperience]) -> list[list[CLExperience]]:
+    """Experiences of one stream together, as ``eval`` wants them."""
+    groups: dict[str, list[CLExperience]] = {}
+    for experience in experiences:
+        groups.setdefault(experience.origin_stream.name, []).append(experience)
+    return list(groups.values())
+
+
+def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillation | None:
+    """Set LwF up where there is a teacher: the old head trains in the parameter group of the head that it stands
+    beside."""
+    if job.teacher is None:
+        return None
+    head = next(job.network.get_submodule(find_head(job.network)).parameters())
+    method = job.method
+    distillation = Distillation(
+        job.network, job.teacher, weight=method.distillation_weight, temp=method.distillation_temp
+    )
+    groups = optimizer.param_groups
+    group = next((g for g in groups if any(p is head for p in g["params"])), groups[0])
+    group["params"].extend(distillation.parameters())
+    return distillation
+
+
+def _width(job: ExpertJob) -> int:
+    return max(job.classes) + 1
+
+
+def _require_finite(job: ExpertJob) -> None:
+    network: nn.Module = job.network
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(
+                f"The weights {name!r} of task {job.task} (label {job.label}) are not finite after training; lower the "
+                "learning rate, or clip the gradients."
+            )

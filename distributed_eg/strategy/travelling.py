@@ -1,0 +1,138 @@
+"""How a user's strategy travels to a worker: everything in one pickle, but for what the worker has of its own.
+
+Parameters and modules of the root network become their names, and on the worker the expert's of the same name; the
+model, the evaluator and the clock become placeholders; loggers stay on the driver.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from avalanche.logging import BaseLogger
+from torch import nn
+
+from distributed_eg.errors import InputError
+
+if TYPE_CHECKING:
+    from distributed_eg.strategy.strategy import ExpertGateStrategy
+
+_PICKLE_ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class PackedStrategy:
+    """A strategy as bytes: its class, its state, and the evaluator's metrics one by one (None: cannot travel)."""
+
+    cls: bytes
+    state: bytes
+    metrics: tuple[bytes | None, ...]
+
+
+def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStrategy:
+    """Pickle ``strategy`` without its attributes in ``driver_only``.
+
+    Raises:
+        InputError: a plugin, or an attribute of a subclass, cannot be pickled; it is named.
+    """
+    state = {name: value for name, value in vars(strategy).items() if name not in driver_only}
+    try:
+        packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
+    except _PICKLE_ERRORS as error:
+        raise InputError(_culprit(strategy, state, error)) from error
+    metrics: list[bytes | None] = []
+    for metric in strategy.evaluator.metrics:
+        try:
+            metrics.append(_dump(metric, strategy))
+        except _PICKLE_ERRORS as error:
+            warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=3)
+            metrics.append(None)
+    return PackedStrategy(packed_class, packed_state, tuple(metrics))
+
+
+def unpack(packed: PackedStrategy, model: nn.Module, expert: nn.Module, evaluator_of: Any, clock: Any) -> Any:
+    """The strategy on the worker, around ``model`` and the parameters of ``expert``.
+
+    ``evaluator_of`` makes the evaluator from the list of metrics (None where one did not travel).
+    """
+    own: dict[str, Any] = {"model": model, "clock": clock, "logger": None}
+    metrics = [None if metric is None else _load(metric, own, expert) for metric in packed.metrics]
+    own["evaluator"] = evaluator_of(metrics)
+    # The class comes first: the state may refer to the strategy itself.
+    cls = pickle.loads(packed.cls)
+    own["strategy"] = strategy = cls.__new__(cls)
+    vars(strategy).update(_load(packed.state, own, expert))
+    return strategy
+
+
+def _dump(value: Any, strategy: ExpertGateStrategy) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, strategy).dump(value)
+    return buffer.getvalue()
+
+
+def _load(data: bytes, own: Mapping[str, Any], expert: nn.Module) -> Any:
+    return _Unpickler(io.BytesIO(data), own, expert).load()
+
+
+class _Pickler(cloudpickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, strategy: ExpertGateStrategy) -> None:
+        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        root = strategy.model.expert
+        self._names: dict[int, tuple[str, str]] = {
+            id(strategy): ("own", "strategy"),
+            id(strategy.model): ("own", "model"),
+            id(strategy.evaluator): ("own", "evaluator"),
+            id(strategy.clock): ("own", "clock"),
+            **{id(parameter): ("parameter", name) for name, parameter in root.named_parameters()},
+            **{id(module): ("module", name) for name, module in root.named_modules()},
+        }
+
+    def persistent_id(self, obj: Any) -> tuple[str, str] | None:
+        if isinstance(obj, BaseLogger):
+            return ("own", "logger")
+        return self._names.get(id(obj))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, buffer: io.BytesIO, own: Mapping[str, Any], expert: nn.Module) -> None:
+        super().__init__(buffer)
+        self._own = own
+        self._expert = expert
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, name = pid
+        if kind == "own":
+            return self._own[name]
+        return self._expert.get_parameter(name) if kind == "parameter" else self._expert.get_submodule(name)
+
+
+def _culprit(strategy: ExpertGateStrategy, state: Mapping[str, Any], error: Exception) -> str:
+    """Which plugin, or which attribute of the strategy, stopped the pickle."""
+    for plugin in strategy.plugins:
+        for name, value in getattr(plugin, "__dict__", {}).items():
+            if plugin is not strategy.evaluator and not _travels(value, strategy):
+                return (
+                    f"The plugin {type(plugin).__name__} cannot travel to a worker: its attribute {name!r} "
+                    f"({type(value).__name__}) cannot be pickled: {error}. Make it in before_training instead."
+                )
+    for name, value in state.items():
+        if name != "plugins" and not _travels(value, strategy):
+            return (
+                f"The strategy {type(strategy).__name__} cannot travel to a worker: its attribute {name!r} "
+                f"({type(value).__name__}) cannot be pickled: {error}."
+            )
+    return f"The strategy {type(strategy).__name__} cannot travel to a worker: {error}."
+
+
+def _travels(value: Any, strategy: ExpertGateStrategy) -> bool:
+    try:
+        _dump(value, strategy)
+    except _PICKLE_ERRORS:
+        return False
+    return True

@@ -1,0 +1,52 @@
+"""Small values that several rooms of the package share; plain, frozen, free of any library."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+TaskId: TypeAlias = int
+"""Position of a task in the order of first arrival, from 0. A label is the user's name for a task, any integer."""
+
+Transfer: TypeAlias = Literal["fresh", "finetune", "lwf"]
+"""How an expert starts: from the pretrained root without a choice, fine-tuned from its parent, or with
+learning without forgetting from its parent."""
+
+RelatednessUnit: TypeAlias = Literal["own_error", "variance"]
+"""What the difference of two errors is divided by: the paper's Er_k, or the task's own variance."""
+
+AutoencoderKind: TypeAlias = Literal["sgd", "linear"]
+
+
+@dataclass(frozen=True, slots=True)
+class RelatednessRow:
+    """How well one candidate's autoencoder explains a task's validation features.
+
+    ``candidate`` is None for the pretrained root. Errors are mean squared distances per sample.
+    """
+
+    task: TaskId
+    candidate: TaskId | None
+    error: float
+    own_error: float
+    variance: float
+    unit: RelatednessUnit
+    relatedness: float
+    chosen: bool
+    transfer: Transfer | None
+    """How the expert starts, on the chosen row; None on the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferChoice:
+    """Where a task's expert starts: ``parent`` is None for the pretrained root."""
+
+    parent: TaskId | None
+    transfer: Transfer
+
+
+def derive_seed(run_seed: int, task: TaskId, purpose: str) -> int:
+    """A 63-bit seed that depends on the run, the task and the purpose only, never on worker, attempt or order."""
+    digest = hashlib.sha256(f"{run_seed}/{task}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -97,3 +97,14 @@ def hashes(strategy: ExpertGateStrategy) -> list[tuple[str, str]]:
     """sha256 of each task's autoencoder and expert."""
     table = strategy.registry
     return list(zip(table["autoencoder_sha256"].to_pylist(), table["expert_sha256"].to_pylist(), strict=True))
+
+
+DOMAINS = (0, 1, 0, 2)
+"""Task 2 is of task 0's domain: it learns without forgetting; tasks 1 and 3 are fine-tuned."""
+SETTINGS: dict[str, Any] = {"rel_thresh": 0.5}
+
+
+def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Everything that must not depend on where a run ran, as JSON values."""
+    registry = strategy.registry.drop_columns(["train_s", "worker"]).to_pylist()
+    return {"registry": registry, "relatedness": strategy.relatedness.to_pylist(), "metrics": metrics}

@@ -70,9 +70,9 @@ def fit_sgd(
             hidden = F.relu(F.linear(target, encoder_weight, encoder_bias))
             logits = F.linear(hidden, decoder_weight, decoder_bias)
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
-            if not math.isfinite(float(loss)):
+            if not math.isfinite(loss.item()):
                 raise DivergedError(
-                    f"The autoencoder's loss is {float(loss)} in epoch {epoch}, batch {first // config.batch_size}, at "
+                    f"The autoencoder's loss is {loss.item()} in epoch {epoch}, batch {first // config.batch_size}, at "
                     f"ae_lr={config.lr} ({config.optimizer}); try a smaller ae_lr or ae_optimizer='adam'."
                 )
             optimizer.zero_grad()

@@ -226,8 +226,7 @@ class _Training:
     def _request(self, run: RunStage) -> Request:
         task_input, registry = self._tasks[run.task], self._registry
         if run.stage is Stage.FEATURES:
-            first = registry.statistics is None and run.task == min(self._tasks)
-            return FeaturesRequest(task_input, with_statistics=first)
+            return FeaturesRequest(task_input, run.with_statistics)
         assert registry.statistics is not None
         if run.stage is Stage.AUTOENCODER:
             return AutoencoderRequest(task_input, registry.statistics)

@@ -17,6 +17,8 @@ class RunStage:
     stage: Stage
     attempt: int
     worker: str
+    with_statistics: bool = False
+    """FEATURES of the task whose features give the run's standardization statistics."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class Machine:
         self._busy: dict[str, RunStage] = {}
         self._nodes: dict[str, str] = {}
         self._has_statistics = has_statistics
+        self._first: TaskId | None = None
         self._pulling = False
         self._ended = False
         self._history: deque[Event] = deque(maxlen=_HISTORY)
@@ -132,6 +133,7 @@ class Machine:
     def _add_task(self, task: TaskId) -> None:
         known = task in self._tasks or task in self._committed
         self._require(not known and not self._ended, f"task {task} arrived twice, or after the stream's end")
+        self._first = task if self._first is None else self._first
         self._tasks[task] = _Task()
         self._pulling = False
 
@@ -150,7 +152,7 @@ class Machine:
 
     def _finish(self, event: StageFinished) -> None:
         state = self._tasks[event.task]
-        if event.stage is Stage.FEATURES:
+        if event.stage is Stage.FEATURES and event.task == self._first:
             self._has_statistics = True
         if event.stage is Stage.RELATE:
             self._require(event.parent is None or event.parent < event.task, f"{event} names a later parent")
@@ -179,14 +181,14 @@ class Machine:
 
     def _fail_dependants(self) -> list[Instruction]:
         reports: list[Instruction] = []
-        first_lost = not self._has_statistics and bool(self._tasks) and self._tasks[min(self._tasks)].failed
+        first_lost = not self._has_statistics and self._first is not None and self._tasks[self._first].failed
         for task in sorted(self._tasks):
             state = self._tasks[task]
             if state.failed or state.next_stage is None or state.running:
                 continue
             reason = None
             if first_lost:
-                reason = f"it needs the standardization statistics of task {min(self._tasks)}, which failed"
+                reason = f"it needs the standardization statistics of task {self._first}, which failed"
             elif state.parent is not None and state.parent in self._tasks and self._tasks[state.parent].failed:
                 reason = f"its expert starts from the expert of task {state.parent}, which failed"
             if reason is not None:
@@ -206,7 +208,9 @@ class Machine:
             del self._idle[worker]
             state.attempt += 1
             state.running = True
-            run = RunStage(task, self._next_stage(task), state.attempt, worker)
+            stage = self._next_stage(task)
+            gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
+            run = RunStage(task, stage, state.attempt, worker, gives_statistics)
             self._busy[worker] = run
             instructions.append(run)
         if self._idle and not self._ended and not self._pulling:

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
+from distributed_eg.runtime.engine import Joined
 from distributed_eg.runtime.opening import OpenRun, open_run
 from distributed_eg.runtime.requests import TaskInput
 from distributed_eg.runtime.session import Observer
@@ -208,6 +209,10 @@ class ExpertGateStrategy(SupervisedTemplate):
     def run_dir(self) -> str | None:
         """The run directory's path or URI; None before the first ``train``."""
         return None if self._open is None else self._open.storage.uri
+
+    def workers(self) -> list[Joined]:
+        """Name and node of each worker that is up; none before the first ``train``."""
+        return [] if self._open is None else self._open.engine.workers()
 
     # Training
 

@@ -1,0 +1,95 @@
+"""What a person sees: live progress per task, then the table of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from distributed_eg.runtime.session import Progress
+from distributed_eg.schedule.events import Stage
+
+if TYPE_CHECKING:
+    from distributed_eg.cli.run import RunOutcome
+
+
+class Display:
+    """Draws on a terminal; elsewhere prints one line for each stage that ends."""
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        self._console = Console(stderr=to_stderr, soft_wrap=True)
+        self._names: Sequence[str] = ()
+        self._cells: dict[tuple[int, Stage], str] = {}
+        self._live: Live | None = None
+
+    @contextmanager
+    def training(self, names: Sequence[str]) -> Iterator[None]:
+        """Show the progress of the tasks called ``names``."""
+        self._names = names
+        self._console.print(f"Training {len(names)} tasks …")
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(self._progress_table(), console=self._console, refresh_per_second=4) as self._live:
+            yield
+
+    def progress(self, progress: Progress) -> None:
+        """Take a stage's start or end in."""
+        if progress.state == "started":
+            cell = f"[yellow]{progress.worker} …"
+        elif progress.state == "finished":
+            cell = f"[green]{progress.seconds:.1f} s"
+        else:
+            cell = "[red]failed"
+        self._cells[progress.task, progress.stage] = cell
+        if self._live is not None:
+            self._live.update(self._progress_table())
+        elif progress.state != "started":
+            name = self._names[progress.task]
+            how = "" if progress.state == "finished" else " failed"
+            self._console.print(
+                f"task {progress.task} {name}: {progress.stage.value}{how}, {progress.seconds:.1f} s on "
+                f"{progress.worker}",
+                highlight=False,
+            )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Say that the evaluation runs."""
+        self._console.print("Routing the test images …")
+        yield
+
+    def table(self, outcome: RunOutcome) -> None:
+        """Show the results, and where the run directory is."""
+        table = Table(
+            "task", "parent", "transfer", "related", "gate", "expert", "end to end", title="Accuracy on unseen images"
+        )
+        for task in outcome.tasks:
+            parent = "root" if task.parent is None else f"{task.parent} {outcome.tasks[task.parent].name}"
+            table.add_row(
+                f"{task.task} {task.name}",
+                parent,
+                task.transfer,
+                "" if task.relatedness is None else f"{task.relatedness:.3f}",
+                f"{task.gate_accuracy:.3f}",
+                f"{task.expert_accuracy:.3f}",
+                f"{task.end_to_end_accuracy:.3f}",
+            )
+        table.add_section()
+        means = (outcome.gate_accuracy, outcome.expert_accuracy, outcome.end_to_end_accuracy)
+        table.add_row("mean", "", "", "", *(f"{mean:.3f}" for mean in means))
+        self._console.print(table)
+        self._console.print(
+            f"Trained in {outcome.train_s:.1f} s, evaluated in {outcome.eval_s:.1f} s.", highlight=False
+        )
+        self._console.print(f"Run directory: {outcome.run_dir}", highlight=False)
+
+    def _progress_table(self) -> Table:
+        table = Table("task", *(stage.value for stage in Stage))
+        for task, name in enumerate(self._names):
+            table.add_row(f"{task} {name}", *(self._cells.get((task, stage), "") for stage in Stage))
+        return table

@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -185,7 +186,8 @@ class ExpertGateStrategy(SupervisedTemplate):
         self.routed: RoutedBatch | None = None
         self._open: OpenRun | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
-        self._answers: dict[int, Answers] = {}
+        self._answers: deque[Answers] = deque()
+        self._current: Answers | None = None
         own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else gate_metrics()
         self._reporter = GateReporter(own)
 
@@ -297,12 +299,19 @@ class ExpertGateStrategy(SupervisedTemplate):
             self.routed = None
             self._answers.clear()
 
+    def eval_epoch(self, **kwargs: Any) -> None:
+        """Avalanche's evaluation loop over the current experience."""
+        self._current = self._answers.popleft() if self._answers else None
+        try:
+            super().eval_epoch(**kwargs)
+        finally:
+            self._current = None
+
     def forward(self) -> Tensor:
         """The model's output for the current mini-batch: on a worker the expert's, in ``eval`` the workers' answers."""
-        answers = self._answers.get(self.experience.current_experience) if self._answers else None
-        if answers is None:
+        if self._current is None:
             return super().forward()
-        outputs, self.routed = answers.take(self.mb_y)
+        outputs, self.routed = self._current.take(self.mb_y)
         return outputs.to(self.device)
 
     def criterion(self) -> Tensor:
@@ -420,9 +429,8 @@ class ExpertGateStrategy(SupervisedTemplate):
             held.append(leaves)
             highest = max(highest, *(int(c) for c in self.experience.dataset.targets.uniques))
         results = iter(run.session.evaluate(requests))
-        for experience, count, right in zip(listed, counts, rights, strict=True):
-            answers = Answers([next(results) for _ in range(count)], right, highest + 1)
-            self._answers[experience.current_experience] = answers
+        for count, right in zip(counts, rights, strict=True):
+            self._answers.append(Answers([next(results) for _ in range(count)], right, highest + 1))
         self.experience = None
 
     def _attach_model(self, run: OpenRun) -> None:

@@ -99,7 +99,7 @@ class _ExpertRules(SupervisedPlugin):
         if not bool(torch.isfinite(strategy.loss).all()):
             rates = [group["lr"] for group in strategy.optimizer.param_groups]
             raise DivergedError(
-                f"The loss of task {self._job.task} (label {self._job.label}) is {float(strategy.loss.sum())} in epoch "
+                f"The loss of task {self._job.task} (label {self._job.label}) is {strategy.loss.sum().item()} in epoch "
                 f"{strategy.clock.train_exp_epochs}, batch {strategy.clock.train_epoch_iterations}, at learning rate "
                 f"{rates[0] if len(rates) == 1 else rates}; lower the learning rate, or clip the gradients."
             )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, cast
 
 from torch import Tensor
 
 from distributed_eg.config import AutoencoderConfig
-from distributed_eg.method.linear_autoencoder import LinearAutoencoder, fit_linear, linear_errors
-from distributed_eg.method.sgd_autoencoder import SgdAutoencoder, fit_sgd, sgd_errors
+from distributed_eg.method.linear_autoencoder import LinearAutoencoder, LinearStack, fit_linear
+from distributed_eg.method.sgd_autoencoder import SgdAutoencoder, SgdStack, fit_sgd
 from distributed_eg.types import AutoencoderKind, RelatednessUnit
 
 Autoencoder = LinearAutoencoder | SgdAutoencoder
 """A fitted autoencoder: a frozen value that holds its tensors."""
+
+
+class AutoencoderStack(Protocol):
+    """Several autoencoders of one kind, laid out once for the batched pass."""
+
+    def errors(self, features: Tensor) -> Tensor:
+        """Squared Euclidean distance of each standardized sample to each reconstruction, per sample: (n, number of
+        autoencoders) float32."""
 
 
 class FeatureRows(Protocol):
@@ -30,10 +38,6 @@ class FeatureRows(Protocol):
 
 
 _UNITS: Mapping[AutoencoderKind, RelatednessUnit] = {"sgd": "own_error", "linear": "variance"}
-_ERRORS: Mapping[type, Callable[[Sequence[Autoencoder], Tensor], Tensor]] = {
-    LinearAutoencoder: linear_errors,  # type: ignore[dict-item]
-    SgdAutoencoder: sgd_errors,  # type: ignore[dict-item]
-}
 
 
 def fit_autoencoder(config: AutoencoderConfig, features: FeatureRows, seed: int) -> Autoencoder:
@@ -43,17 +47,16 @@ def fit_autoencoder(config: AutoencoderConfig, features: FeatureRows, seed: int)
     return fit_sgd(config, features, seed)
 
 
+def stack_autoencoders(autoencoders: Sequence[Autoencoder]) -> AutoencoderStack:
+    """Lay ``autoencoders``, all of one kind, out for the batched pass."""
+    if isinstance(autoencoders[0], LinearAutoencoder):
+        return LinearStack(cast("Sequence[LinearAutoencoder]", autoencoders))
+    return SgdStack(cast("Sequence[SgdAutoencoder]", autoencoders))
+
+
 def reconstruction_errors(autoencoders: Sequence[Autoencoder], features: Tensor) -> Tensor:
-    """Squared Euclidean distance of each sample to each autoencoder's reconstruction, in one batched pass.
-
-    Args:
-        autoencoders: all of one kind.
-        features: standardized features (n, num_features).
-
-    Returns:
-        (n, len(autoencoders)) float32 errors, per sample, never averaged over the batch.
-    """
-    return _ERRORS[type(autoencoders[0])](autoencoders, features)
+    """``stack_autoencoders(autoencoders).errors(features)``, for one batch."""
+    return stack_autoencoders(autoencoders).errors(features)
 
 
 def relatedness_unit(kind: AutoencoderKind) -> RelatednessUnit:

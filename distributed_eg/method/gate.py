@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distributed_eg.method.autoencoder import Autoencoder, reconstruction_errors
+from distributed_eg.method.autoencoder import Autoencoder, AutoencoderStack, stack_autoencoders
 from distributed_eg.method.standardize import Statistics, standardize
 from distributed_eg.types import TaskId
 
@@ -38,9 +39,13 @@ class Gate:
     temp: float
     confidence_threshold: float | None = None
 
+    @cached_property
+    def _stack(self) -> AutoencoderStack:
+        return stack_autoencoders(self.autoencoders)
+
     def route(self, features: Tensor) -> Routing:
         """Route each of ``features`` (n, num_features), raw as the backbone gives them, by itself."""
-        errors = reconstruction_errors(self.autoencoders, standardize(features, self.statistics))
+        errors = self._stack.errors(standardize(features, self.statistics))
         confidences = torch.softmax(-errors / self.temp, dim=1)
         # The smallest error, not the largest confidence: softmax rounds several to 0 or 1 when errors are large.
         tasks = torch.tensor(self.tasks, device=errors.device)[errors.argmin(1)]

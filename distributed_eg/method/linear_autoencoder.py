@@ -12,7 +12,6 @@ from distributed_eg.errors import InputError
 
 _BLOCK_ROWS = 512
 _COLUMNS = 4096
-_GATE_GROUP = 64
 _CENTRE = 0.5
 """Standardized features lie around 0.5; distances are formed around it, where float32 loses fewer digits."""
 
@@ -85,23 +84,25 @@ def fit_linear(
     return LinearAutoencoder((components * signs).contiguous(), values, mean.contiguous(), torch.tensor(count))
 
 
-def linear_errors(autoencoders: Sequence[LinearAutoencoder], features: Tensor) -> Tensor:
-    """‖z − m‖² − ‖V(z − m)‖² for each sample and autoencoder: (n, len(autoencoders))."""
-    centred = features - _CENTRE
-    norms = centred.square().sum(1, keepdim=True)
-    errors = []
-    for first in range(0, len(autoencoders), _GATE_GROUP):
-        group = autoencoders[first : first + _GATE_GROUP]
-        means = torch.stack([autoencoder.mean - _CENTRE for autoencoder in group])
-        sizes = [len(autoencoder.components) for autoencoder in group]
-        projected = centred @ torch.cat([autoencoder.components for autoencoder in group]).T
-        offsets = torch.cat([a.components @ mean for a, mean in zip(group, means, strict=True)])
-        explained = torch.stack(
-            [part.square().sum(1) for part in torch.split(projected - offsets, sizes, dim=1)], dim=1
-        )
-        distances = norms - 2 * centred @ means.T + means.square().sum(1)
-        errors.append((distances - explained).clamp_min(0))
-    return torch.cat(errors, dim=1)
+class LinearStack:
+    """Autoencoders laid side by side once, so that a batch passes all of them in one product."""
+
+    def __init__(self, autoencoders: Sequence[LinearAutoencoder]) -> None:
+        means = torch.stack([autoencoder.mean - _CENTRE for autoencoder in autoencoders])
+        parts = [a.components @ mean for a, mean in zip(autoencoders, means, strict=True)]
+        self._components = torch.cat([autoencoder.components for autoencoder in autoencoders])
+        self._offsets = torch.cat(parts)
+        self._ranks = [len(part) for part in parts]
+        self._means = means
+        self._mean_norms = means.square().sum(1)
+
+    def errors(self, features: Tensor) -> Tensor:
+        """‖z − m‖² − ‖V(z − m)‖² for each sample and autoencoder: (n, number of autoencoders)."""
+        centred = features - _CENTRE
+        distances = centred.square().sum(1, keepdim=True) - 2 * centred @ self._means.T + self._mean_norms
+        projected = torch.split(centred @ self._components.T - self._offsets, self._ranks, dim=1)
+        explained = torch.stack([part.square().sum(1) for part in projected], dim=1)
+        return (distances - explained).clamp_min(0)
 
 
 def _compress(rows: Tensor, rank: int) -> Tensor:

@@ -81,20 +81,26 @@ def fit_sgd(
     return SgdAutoencoder(*(tensor.detach() for tensor in tensors))
 
 
-def sgd_errors(autoencoders: Sequence[SgdAutoencoder], features: Tensor) -> Tensor:
-    """Squared distance of each sample to each reconstruction, in batched products: (n, len(autoencoders))."""
-    errors = []
-    # The reconstructions of a group of autoencoders are in memory together.
-    group_size = max(1, _GROUP_BYTES // (4 * features.numel() or 1))
-    for first in range(0, len(autoencoders), group_size):
-        group = autoencoders[first : first + group_size]
-        batch = features.expand(len(group), *features.shape)
-        encoder = torch.stack([a.encoder_weight for a in group])
-        decoder = torch.stack([a.decoder_weight for a in group])
-        hidden = torch.baddbmm(torch.stack([a.encoder_bias for a in group])[:, None], batch, encoder.mT).relu_()
-        logits = torch.baddbmm(torch.stack([a.decoder_bias for a in group])[:, None], hidden, decoder.mT)
-        errors.append((logits.sigmoid_() - batch).square().sum(2))
-    return torch.cat(errors).T.contiguous()
+class SgdStack:
+    """Autoencoders stacked once, so that a batch passes all of them in batched products."""
+
+    def __init__(self, autoencoders: Sequence[SgdAutoencoder]) -> None:
+        self._encoder = torch.stack([a.encoder_weight for a in autoencoders]).mT
+        self._encoder_bias = torch.stack([a.encoder_bias for a in autoencoders])[:, None]
+        self._decoder = torch.stack([a.decoder_weight for a in autoencoders]).mT
+        self._decoder_bias = torch.stack([a.decoder_bias for a in autoencoders])[:, None]
+
+    def errors(self, features: Tensor) -> Tensor:
+        """Squared distance of each sample to each reconstruction: (n, number of autoencoders)."""
+        # The reconstructions of a group of autoencoders are in memory together.
+        size = max(1, _GROUP_BYTES // (4 * features.numel() or 1))
+        return torch.cat([self._group(features, slice(i, i + size)) for i in range(0, len(self._encoder), size)]).T
+
+    def _group(self, features: Tensor, group: slice) -> Tensor:
+        batch = features.expand(len(self._encoder[group]), *features.shape)
+        hidden = torch.baddbmm(self._encoder_bias[group], batch, self._encoder[group]).relu_()
+        logits = torch.baddbmm(self._decoder_bias[group], hidden, self._decoder[group])
+        return (logits.sigmoid_() - batch).square().sum(2)
 
 
 def _initial(

@@ -32,10 +32,10 @@ class CoordinatorApi(Protocol):
         """Everything recorded so far."""
 
     def record(self, record: Record) -> Artifact:
-        """Seal a record; sealing the same one again changes nothing.
+        """Seal a record; sealing the same one again changes nothing, and what a failed task left may be replaced.
 
         Raises:
-            StorageError: the run directory cannot be written, or holds another record for that task.
+            StorageError: the run directory cannot be written, or holds another record for a sealed task.
         """
 
     def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
@@ -62,15 +62,18 @@ class Coordinator:
         """Seal a record, then keep it."""
         registry = self.registry()
         if isinstance(record, StatisticsRecord):
-            _same_or_new("statistics", registry.statistics, record)
+            if registry.manifests:
+                _same_or_new("statistics", registry.statistics, record)
             artifact = records.write_statistics(self._storage, record)
             registry.statistics = record
         elif isinstance(record, AutoencoderRecord):
-            _same_or_new(f"the autoencoder of task {record.task}", registry.autoencoders.get(record.task), record)
+            if record.task in registry.manifests:
+                _same_or_new(f"the autoencoder of task {record.task}", registry.autoencoders.get(record.task), record)
             artifact = records.write_autoencoder(self._storage, record)
             registry.autoencoders[record.task] = record
         elif isinstance(record, RelatednessRecord):
-            _same_or_new(f"the relatedness of task {record.task}", registry.relatedness.get(record.task), record)
+            if record.task in registry.manifests:
+                _same_or_new(f"the relatedness of task {record.task}", registry.relatedness.get(record.task), record)
             artifact = records.write_relatedness(self._storage, record)
             registry.relatedness[record.task] = record
             registry.relatedness_artifacts[record.task] = artifact

@@ -66,6 +66,11 @@ class Registry:
         """The sealed task of that label."""
         return next((task for task, known in self.labels.items() if known == label), None)
 
+    def number(self, label: int) -> TaskId:
+        """The task's number: a new one, or the one that a failed attempt at the same label left behind."""
+        begun = {record.label: task for task, record in self.autoencoders.items()}
+        return begun.get(label, max([*self.autoencoders, *self.manifests], default=-1) + 1)
+
     def expert_ref(self, task: TaskId) -> ExpertRef:
         """Where a sealed task's expert is."""
         manifest = self.manifests[task]

@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import torch
 
-from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, reconstruction_errors, relatedness_unit
+from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
 from distributed_eg.method.expert import derive_expert
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
@@ -87,7 +87,7 @@ def fit_task_autoencoder(context: WorkerContext, request: AutoencoderRequest) ->
     seed = derive_seed(context.setup.method.seed, task, "autoencoder")
     autoencoder = fit_autoencoder(config, features, seed)
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
-    record = AutoencoderRecord(task, config.kind, artifact, len(features))
+    record = AutoencoderRecord(task, request.input.label, config.kind, artifact, len(features))
     context.drop_features(task, "train")
     return record
 
@@ -205,10 +205,11 @@ def _right_predictions(
 @torch.no_grad()
 def _validation_errors(autoencoders: list[Autoencoder], features: FeatureFile) -> tuple[list[float], float]:
     """Mean error of each autoencoder over all rows, and the rows' mean squared distance to their mean."""
+    stack = stack_autoencoders(autoencoders)
     total = np.zeros(len(autoencoders))
     mean = torch.stack([block.double().sum(0) for block in features.blocks(_BLOCK_ROWS)]).sum(0) / len(features)
     variance = 0.0
     for block in features.blocks(_BLOCK_ROWS):
-        total += reconstruction_errors(autoencoders, block).double().sum(0).cpu().numpy()
+        total += stack.errors(block).double().sum(0).cpu().numpy()
         variance += float((block.double() - mean).square().sum())
     return [float(error) for error in total / len(features)], variance / len(features)

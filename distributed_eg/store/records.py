@@ -25,6 +25,7 @@ class AutoencoderRecord:
     """A task's sealed autoencoder."""
 
     task: TaskId
+    label: int
     kind: AutoencoderKind
     artifact: Artifact
     num_samples: int

@@ -401,10 +401,11 @@ class ExpertGateStrategy(SupervisedTemplate):
         pending: dict[TaskId, tuple[CLExperience, object]],
     ) -> Iterator[TaskInput]:
         given = None if eval_streams is None else list(_flat(eval_streams))
-        first = max(run.session.registry.manifests, default=-1) + 1
-        for task, experience in enumerate(experiences, first):
+        given_numbers = -1
+        for experience in experiences:
             self._check_new([experience])
             label = label_of(experience)
+            task = given_numbers = max(run.session.registry.number(label), given_numbers + 1)
             measured = None if given is None else [other for other in given if label_of(other) == label]
             data = task_data(experience, task, self.method.seed, self.method.validation_fraction, measured)
             shipped, held = run.engine.shipper.ship(data, f"the dataset of experience {experience.current_experience}")

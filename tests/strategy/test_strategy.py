@@ -18,6 +18,7 @@ from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
+from distributed_eg.errors import TaskFailedError
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
@@ -55,6 +56,14 @@ class Witness(SupervisedPlugin):
         line = f"{sorted(set(strategy.mb_y.tolist()))} {width} {len(strategy.plugins)} {strategy.is_training}\n"
         with (self.folder / f"{task}.txt").open("a") as file:
             file.write(line)
+
+
+class _Broken(torch.nn.Module):
+    """A criterion that raises."""
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Raise."""
+        raise RuntimeError("broken on purpose")
 
 
 class Overriding(ExpertGateStrategy):
@@ -139,6 +148,22 @@ class TestTraining:
         with tiny_strategy(model=model, optimizer=optimizer, train_epochs=3, plugins=[scheduler]) as three:
             three.train(experience)
             assert hashes(three) == first
+
+    def test_a_failed_label_keeps_its_number_when_it_is_trained_again(self) -> None:
+        """Mended and trained again, it gives what an undisturbed run gives."""
+        stream = tiny_benchmark((0, 1, 2)).train_stream
+        with tiny_strategy() as undisturbed:
+            undisturbed.train(stream)
+            expected = hashes(undisturbed)
+        with tiny_strategy() as strategy:
+            strategy.train(stream[0])
+            strategy._criterion = _Broken()
+            with pytest.raises(TaskFailedError, match="broken on purpose"):
+                strategy.train(stream[1])
+            strategy._criterion = torch.nn.CrossEntropyLoss()
+            strategy.train(stream[1])
+            strategy.train(stream[2])
+            assert hashes(strategy) == expected
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
     def test_label_smoothing_stays_finite(self, smoothing: float) -> None:

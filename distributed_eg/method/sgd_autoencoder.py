@@ -15,6 +15,7 @@ from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import DivergedError
 
 _GROUP_BYTES = 256 * 2**20
+_BLOCK_ROWS = 256
 _MOMENTUM = 0.9
 _WEIGHT_DECAY = 5e-4
 
@@ -54,20 +55,25 @@ def fit_sgd(
     size. "sgd" has momentum 0.9 as Avalanche's has; weight decay 5e-4 acts on the weights, not on the biases, as in
     the authors' sample code.
 
+    The encoder is trained on (z − m) / s, with m and s the mean and the length of this task's features, and the
+    decoder's bias starts at m; both are folded into the weights at the end, so what is stored is the paper's network.
+    All of z is positive: uncentred, the first steps push every hidden unit the same way, most ReLUs die, and what is
+    left reconstructs the mean.
+
     Raises:
         DivergedError: the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    device = features.rows([0]).device
-    parameters = _initial(config, features, generator, start)
-    tensors = [tensor.to(device).requires_grad_() for tensor in parameters]
+    mean, length = _centre(features)
+    device = mean.device
+    tensors = [tensor.to(device) for tensor in _initial(config, mean, length, generator, start)]
+    encoder_weight, encoder_bias, decoder_weight, decoder_bias = (tensor.requires_grad_() for tensor in tensors)
     optimizer = _optimizer(config, tensors)
-    encoder_weight, encoder_bias, decoder_weight, decoder_bias = tensors
     for epoch in range(config.epochs):
         order = torch.randperm(len(features), generator=generator).tolist()
         for first in range(0, len(order), config.batch_size):
             target = features.rows(order[first : first + config.batch_size])
-            hidden = F.relu(F.linear(target, encoder_weight, encoder_bias))
+            hidden = F.relu(F.linear((target - mean) / length, encoder_weight, encoder_bias))
             logits = F.linear(hidden, decoder_weight, decoder_bias)
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
             if not math.isfinite(loss.item()):
@@ -78,7 +84,9 @@ def fit_sgd(
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-    return SgdAutoencoder(*(tensor.detach() for tensor in tensors))
+    weight = encoder_weight.detach() / length
+    bias = encoder_bias.detach() - weight @ mean
+    return SgdAutoencoder(weight, bias, decoder_weight.detach(), decoder_bias.detach())
 
 
 class SgdStack:
@@ -103,24 +111,28 @@ class SgdStack:
         return (logits.sigmoid_() - batch).square().sum(2)
 
 
+def _centre(features: _Rows) -> tuple[Tensor, float]:
+    """Mean of the features, and the root mean square of their distance to it."""
+    sums = [(block.double().sum(0), block.double().square().sum()) for block in features.blocks(_BLOCK_ROWS)]
+    mean = torch.stack([total for total, _ in sums]).sum(0) / len(features)
+    squares = float(torch.stack([square for _, square in sums]).sum()) / len(features)
+    # Identical samples have no length to divide by.
+    return mean.float(), math.sqrt(max(squares - float(mean.square().sum()), 0.0)) or 1.0
+
+
 def _initial(
-    config: AutoencoderConfig, features: _Rows, generator: torch.Generator, start: SgdAutoencoder | None
+    config: AutoencoderConfig, mean: Tensor, length: float, generator: torch.Generator, start: SgdAutoencoder | None
 ) -> list[Tensor]:
+    """Weights in the centred parametrisation: fresh, or those of ``start``, whose function is kept."""
     if start is not None:
-        return [tensor.clone() for tensor in start.tensors().values()]
-    num_features, hidden = features.rows([0]).shape[1], config.latent_dim
-    # torch.nn.Linear's own initialisation, drawn from our generator.
-    bound_in, bound_out = 1 / math.sqrt(num_features), 1 / math.sqrt(hidden)
-
-    def uniform(*size: int, bound: float) -> Tensor:
-        return (torch.rand(size, generator=generator) * 2 - 1) * bound
-
-    return [
-        uniform(hidden, num_features, bound=bound_in),
-        uniform(hidden, bound=bound_in),
-        uniform(num_features, hidden, bound=bound_out),
-        uniform(num_features, bound=bound_out),
-    ]
+        weight = start.encoder_weight
+        bias = start.encoder_bias + weight @ mean
+        return [weight * length, bias, start.decoder_weight.clone(), start.decoder_bias.clone()]
+    num_features, hidden = len(mean), config.latent_dim
+    # Centred samples have length 1: unit normal rows give hidden units of size 1 whatever the number of features.
+    encoder = torch.randn(hidden, num_features, generator=generator)
+    decoder = (torch.rand(num_features, hidden, generator=generator) * 2 - 1) / math.sqrt(hidden)
+    return [encoder, torch.zeros(hidden), decoder, torch.logit(mean.cpu(), eps=1e-3)]
 
 
 def _optimizer(config: AutoencoderConfig, tensors: list[Tensor]) -> torch.optim.Optimizer:

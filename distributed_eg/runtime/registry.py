@@ -54,6 +54,7 @@ class Registry:
                 registry.relatedness_artifacts[task] = manifest.relatedness
                 if autoencoder is None or autoencoder.artifact != manifest.autoencoder:
                     raise StorageError(f"The manifest of task {task} in {storage.uri!r} names another autoencoder.")
+                storage.read_artifact(manifest.relatedness)
             registry.timings[task] = records.read_timings(storage, task)
         return registry
 

@@ -20,6 +20,9 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from distributed_eg.errors import InputError
 
+# What objects raise that cannot be pickled: locks, generators, process-shared values, lambdas of C extensions.
+PICKLE_ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError, NotImplementedError, ValueError)
+
 
 @dataclass(frozen=True)
 class Shipped:
@@ -66,7 +69,7 @@ class Shipper:
         pickler = _ViewPickler(buffer, self._leaf)
         try:
             pickler.dump(value)
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
+        except PICKLE_ERRORS as error:
             raise InputError(f"{what} cannot be sent to a worker: {error}") from error
         leaves = tuple(pickler.leaves)
         return Shipped(buffer.getvalue(), tuple(leaf.reference for leaf in leaves)), leaves

@@ -46,9 +46,13 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class TaskArrived:
-    """The stream's next task; tasks arrive in order."""
+    """The stream's next task; tasks arrive in order.
+
+    ``continues`` is an earlier task whose autoencoder this one goes on from, where the same label comes again.
+    """
 
     task: TaskId
+    continues: TaskId | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ may run in any order; the results do not depend on it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from distributed_eg.schedule.events import (
@@ -43,8 +44,9 @@ class ScheduleError(AssertionError):
 
 @dataclass(slots=True)
 class _Task:
+    continues: TaskId | None
     next_stage: Stage | None = Stage.FEATURES
-    running: bool = False
+    run: RunStage | None = None
     attempt: int = 0
     parent: TaskId | None = None
     failed: bool = False
@@ -59,6 +61,9 @@ class _Task:
 class Machine:
     """Told every event through ``handle``; answers with what to do next.
 
+    A task that cannot run yet waits in exactly one place, and whatever it waits for lets it go: an event costs the
+    logarithm of the number of tasks.
+
     Args:
         committed: tasks that are sealed already, from an earlier call or an earlier run.
         has_statistics: whether the run's standardization statistics are known already.
@@ -66,12 +71,19 @@ class Machine:
 
     def __init__(self, committed: Collection[TaskId] = (), *, has_statistics: bool = False) -> None:
         self._committed = frozenset(committed)
-        self._tasks: dict[TaskId, _Task] = {}
-        self._idle: dict[str, str] = {}
-        self._busy: dict[str, RunStage] = {}
-        self._nodes: dict[str, str] = {}
         self._has_statistics = has_statistics
         self._first: TaskId | None = None
+        self._tasks: dict[TaskId, _Task] = {}
+        self._num_unfinished = 0
+        self._ready: dict[Stage, list[TaskId]] = {stage: [] for stage in _PRIORITY}
+        self._wait_for_statistics: list[TaskId] = []
+        self._wait_for_autoencoder: defaultdict[TaskId, list[TaskId]] = defaultdict(list)
+        self._wait_for_expert: defaultdict[TaskId, list[TaskId]] = defaultdict(list)
+        self._wait_for_all_earlier: list[TaskId] = []
+        self._without_autoencoder: list[TaskId] = []
+        self._nodes: dict[str, str] = {}
+        self._idle: dict[str, str] = {}
+        self._busy: dict[str, RunStage] = {}
         self._pulling = False
         self._ended = False
         self._history: deque[Event] = deque(maxlen=_HISTORY)
@@ -79,7 +91,7 @@ class Machine:
     @property
     def done(self) -> bool:
         """Whether the stream has ended and every task is committed or given up."""
-        return self._ended and not self._busy and all(t.failed or t.next_stage is None for t in self._tasks.values())
+        return self._ended and not self._busy and self._num_unfinished == 0
 
     @property
     def num_workers(self) -> int:
@@ -97,20 +109,17 @@ class Machine:
         self._history.append(event)
         instructions: list[Instruction] = []
         if isinstance(event, WorkerJoined):
-            self._nodes[event.worker] = self._idle[event.worker] = event.node
+            if event.worker not in self._nodes:
+                self._nodes[event.worker] = self._idle[event.worker] = event.node
         elif isinstance(event, WorkerLost):
             instructions += self._lose_worker(event)
         elif isinstance(event, TaskArrived):
-            self._add_task(event.task)
+            instructions += self._add_task(event)
         elif isinstance(event, StreamEnded):
             self._ended, self._pulling = True, False
         elif self._is_current(event):
             self._release(event.task)
-            if isinstance(event, StageFinished):
-                self._finish(event)
-            else:
-                instructions += self._fail(event)
-        instructions += self._fail_dependants()
+            instructions += self._finish(event) if isinstance(event, StageFinished) else self._fail(event)
         instructions += self._start_stages()
         return instructions
 
@@ -120,54 +129,103 @@ class Machine:
         Raises:
             ScheduleError: it does not hold.
         """
-        running = {task for task, state in self._tasks.items() if state.running}
+        running = {task for task, state in self._tasks.items() if state.run is not None}
         self._require(running == {run.task for run in self._busy.values()}, "running tasks and busy workers differ")
         self._require(not (self._idle.keys() & self._busy.keys()), "a worker is idle and busy")
+        self._require(not (self._idle and any(self._ready.values())), "a worker is idle though a stage is ready")
         for task, state in self._tasks.items():
-            self._require(not (state.running and state.failed), f"task {task} failed and runs")
+            self._require(not (state.run is not None and state.failed), f"task {task} failed and runs")
             if state.next_stage is None and state.parent is not None:
                 self._require(self._expert_ready(state.parent), f"task {task} is committed before its parent")
-        idle_for_nothing = self._idle and any(self._ready(task) for task in self._tasks)
-        self._require(not idle_for_nothing, "a worker is idle though a stage is ready")
+        unfinished = {task for task, state in self._tasks.items() if not state.failed and state.next_stage is not None}
+        self._require(len(unfinished) == self._num_unfinished, "unfinished tasks are miscounted")
+        waiting = [*running, *self._wait_for_statistics, *self._wait_for_all_earlier]
+        for places in (self._ready, self._wait_for_autoencoder, self._wait_for_expert):
+            waiting += [task for place in places.values() for task in place]
+        self._require(sorted(waiting) == sorted(unfinished), "a task is in no place, or in two")
 
-    def _add_task(self, task: TaskId) -> None:
-        known = task in self._tasks or task in self._committed
-        self._require(not known and not self._ended, f"task {task} arrived twice, or after the stream's end")
-        self._first = task if self._first is None else self._first
-        self._tasks[task] = _Task()
+    def _add_task(self, event: TaskArrived) -> list[Instruction]:
+        known = event.task in self._tasks or event.task in self._committed
+        self._require(not known and not self._ended, f"task {event.task} arrived twice, or after the stream's end")
+        self._first = event.task if self._first is None else self._first
+        self._tasks[event.task] = _Task(event.continues)
+        self._num_unfinished += 1
         self._pulling = False
+        heapq.heappush(self._without_autoencoder, event.task)
+        return self._advance(event.task)
 
-    def _is_current(self, event: StageFinished | StageFailed) -> bool:
-        state = self._tasks.get(event.task)
-        self._require(state is not None, f"a report of the unknown task {event.task}")
-        assert state is not None
-        return state.running and state.attempt == event.attempt and state.next_stage == event.stage
+    def _advance(self, task: TaskId) -> list[Instruction]:
+        """Put a task that does not run where its next stage's needs let it be: ready, waiting, or given up."""
+        state = self._tasks[task]
+        if state.next_stage in (Stage.FEATURES, Stage.AUTOENCODER) and self._statistics_are_lost():
+            needed = f"it needs the standardization statistics of task {self._first}, which failed"
+            return self._give_up(task, needed)
+        if state.next_stage is Stage.AUTOENCODER:
+            if not self._has_statistics:
+                self._wait_for_statistics.append(task)
+                return []
+            if state.continues is not None and state.continues not in self._committed:
+                before = self._tasks[state.continues]
+                if before.failed:
+                    return self._give_up(task, f"it continues task {state.continues}, which failed")
+                if not before.past(Stage.AUTOENCODER):
+                    self._wait_for_autoencoder[state.continues].append(task)
+                    return []
+        elif state.next_stage is Stage.RELATE:
+            if self._first_without_autoencoder() < task:
+                heapq.heappush(self._wait_for_all_earlier, task)
+                return []
+        elif state.next_stage is Stage.EXPERT and state.parent is not None and not self._expert_ready(state.parent):
+            if self._tasks[state.parent].failed:
+                return self._give_up(task, f"its expert starts from the expert of task {state.parent}, which failed")
+            self._wait_for_expert[state.parent].append(task)
+            return []
+        assert state.next_stage is not None
+        heapq.heappush(self._ready[state.next_stage], task)
+        return []
 
-    def _release(self, task: TaskId) -> None:
-        worker = next(worker for worker, run in self._busy.items() if run.task == task)
-        del self._busy[worker]
-        self._idle[worker] = self._nodes[worker]
-        self._tasks[task].running = False
-        self._tasks[task].node = self._nodes[worker]
+    def _advance_all(self, tasks: Iterable[TaskId]) -> list[Instruction]:
+        return [instruction for task in sorted(tasks) for instruction in self._advance(task)]
 
-    def _finish(self, event: StageFinished) -> None:
+    def _finish(self, event: StageFinished) -> list[Instruction]:
         state = self._tasks[event.task]
-        if event.stage is Stage.FEATURES and event.task == self._first:
-            self._has_statistics = True
         if event.stage is Stage.RELATE:
-            self._require(event.parent is None or event.parent < event.task, f"{event} names a later parent")
+            known = event.parent is None or event.parent in self._committed or event.parent in self._tasks
+            earlier = event.parent is None or event.parent < event.task
+            self._require(known and earlier, f"{event} names a parent that is unknown or later")
             state.parent = event.parent
         following = _STAGES.index(event.stage) + 1
         state.next_stage = _STAGES[following] if following < len(_STAGES) else None
+        freed: list[TaskId] = []
+        if event.stage is Stage.FEATURES and event.task == self._first and not self._has_statistics:
+            self._has_statistics = True
+            freed, self._wait_for_statistics = self._wait_for_statistics, []
+        elif event.stage is Stage.AUTOENCODER:
+            freed = self._wait_for_autoencoder.pop(event.task, []) + self._related_now()
+        elif event.stage is Stage.EXPERT:
+            self._num_unfinished -= 1
+            return self._advance_all(self._wait_for_expert.pop(event.task, []))
+        return self._advance_all([event.task, *freed])
 
     def _fail(self, event: StageFailed) -> list[Instruction]:
-        state = self._tasks[event.task]
-        causes = state.causes.setdefault(event.stage, [])
+        causes = self._tasks[event.task].causes.setdefault(event.stage, [])
         causes.append(event.cause)
         if decide(causes) is Decision.RETRY:
-            return []
+            return self._advance(event.task)
+        return self._give_up(event.task, event.message)
+
+    def _give_up(self, task: TaskId, message: str) -> list[Instruction]:
+        """Fail a task that is in no waiting place, and whatever waits for it."""
+        state = self._tasks[task]
+        assert state.next_stage is not None
         state.failed = True
-        return [ReportFailure(event.task, event.stage, event.message)]
+        self._num_unfinished -= 1
+        reports: list[Instruction] = [ReportFailure(task, state.next_stage, message)]
+        freed = self._wait_for_autoencoder.pop(task, []) + self._wait_for_expert.pop(task, []) + self._related_now()
+        if self._statistics_are_lost():
+            freed += self._wait_for_statistics + self._ready[Stage.FEATURES]
+            self._wait_for_statistics, self._ready[Stage.FEATURES] = [], []
+        return reports + self._advance_all(freed)
 
     def _lose_worker(self, event: WorkerLost) -> list[Instruction]:
         self._require(event.worker in self._nodes, f"the unknown worker {event.worker!r} was lost")
@@ -179,69 +237,59 @@ class Machine:
             return []
         return self._fail(StageFailed(run.task, run.stage, run.attempt, Cause.WORKER_LOST, event.message))
 
-    def _fail_dependants(self) -> list[Instruction]:
-        reports: list[Instruction] = []
-        first_lost = not self._has_statistics and self._first is not None and self._tasks[self._first].failed
-        for task in sorted(self._tasks):
-            state = self._tasks[task]
-            if state.failed or state.next_stage is None or state.running:
-                continue
-            reason = None
-            if first_lost:
-                reason = f"it needs the standardization statistics of task {self._first}, which failed"
-            elif state.parent is not None and state.parent in self._tasks and self._tasks[state.parent].failed:
-                reason = f"its expert starts from the expert of task {state.parent}, which failed"
-            if reason is not None:
-                state.failed = True
-                reports.append(ReportFailure(task, state.next_stage, reason))
-        return reports
+    def _is_current(self, event: StageFinished | StageFailed) -> bool:
+        self._require(event.task in self._tasks, f"a report of the unknown task {event.task}")
+        run = self._tasks[event.task].run
+        return run is not None and (run.stage, run.attempt) == (event.stage, event.attempt)
+
+    def _release(self, task: TaskId) -> None:
+        state = self._tasks[task]
+        assert state.run is not None
+        worker = state.run.worker
+        state.run, state.node = None, self._nodes[worker]
+        del self._busy[worker]
+        self._idle[worker] = self._nodes[worker]
 
     def _start_stages(self) -> list[Instruction]:
         instructions: list[Instruction] = []
-        while self._idle:
-            ready = [task for task in self._tasks if self._ready(task)]
-            if not ready:
-                break
-            task = min(ready, key=lambda task: (_PRIORITY.index(self._next_stage(task)), task))
-            state = self._tasks[task]
-            worker = self._pick_worker(state.node)
-            del self._idle[worker]
-            state.attempt += 1
-            state.running = True
-            stage = self._next_stage(task)
-            gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
-            run = RunStage(task, stage, state.attempt, worker, gives_statistics)
-            self._busy[worker] = run
-            instructions.append(run)
+        for stage in _PRIORITY:
+            while self._idle and self._ready[stage]:
+                instructions.append(self._start(heapq.heappop(self._ready[stage]), stage))
         if self._idle and not self._ended and not self._pulling:
             self._pulling = True
             instructions.append(PullTask())
         return instructions
 
-    def _pick_worker(self, node: str | None) -> str:
-        """The idle worker on the node that holds the task's features, else the one that joined first."""
-        near = [worker for worker, where in self._idle.items() if where == node]
-        return (near or list(self._idle))[0]
-
-    def _ready(self, task: TaskId) -> bool:
+    def _start(self, task: TaskId, stage: Stage) -> RunStage:
         state = self._tasks[task]
-        if state.failed or state.running or state.next_stage is None:
-            return False
-        if state.next_stage is Stage.AUTOENCODER:
-            return self._has_statistics
-        if state.next_stage is Stage.RELATE:
-            return all(t.failed or t.past(Stage.AUTOENCODER) for k, t in self._tasks.items() if k < task)
-        if state.next_stage is Stage.EXPERT:
-            return state.parent is None or self._expert_ready(state.parent)
-        return True
+        # The idle worker on the node that holds the task's features, else the one that has been idle longest.
+        near = (worker for worker, node in self._idle.items() if node == state.node)
+        worker = next(near, next(iter(self._idle)))
+        del self._idle[worker]
+        state.attempt += 1
+        gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
+        state.run = self._busy[worker] = RunStage(task, stage, state.attempt, worker, gives_statistics)
+        return state.run
+
+    def _related_now(self) -> list[TaskId]:
+        """Take out the tasks that waited for earlier autoencoders and need wait no longer."""
+        freed = []
+        first_missing = self._first_without_autoencoder()
+        while self._wait_for_all_earlier and self._wait_for_all_earlier[0] < first_missing:
+            freed.append(heapq.heappop(self._wait_for_all_earlier))
+        return freed
+
+    def _first_without_autoencoder(self) -> float:
+        missing = self._without_autoencoder
+        while missing and (self._tasks[missing[0]].failed or self._tasks[missing[0]].past(Stage.AUTOENCODER)):
+            heapq.heappop(missing)
+        return missing[0] if missing else float("inf")
+
+    def _statistics_are_lost(self) -> bool:
+        return not self._has_statistics and self._first is not None and self._tasks[self._first].failed
 
     def _expert_ready(self, task: TaskId) -> bool:
         return task in self._committed or self._tasks[task].next_stage is None
-
-    def _next_stage(self, task: TaskId) -> Stage:
-        stage = self._tasks[task].next_stage
-        assert stage is not None
-        return stage
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

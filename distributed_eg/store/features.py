@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +25,8 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
     Raises:
         StorageError: the scratch folder cannot be written or is full.
     """
-    partial = path.with_suffix(".partial")
+    # A name of its own for each attempt: two may write the same features on one node.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     rows = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     try:
@@ -42,7 +45,8 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
     except OSError as error:
         raise StorageError(f"The scratch folder {str(path.parent)!r} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return rows
 
 

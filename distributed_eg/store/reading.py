@@ -57,7 +57,7 @@ class ExpertReader:
         self._root = root
         self._capacity = capacity
         self._device = torch.device(device)
-        self._experts: OrderedDict[str, Expert] = OrderedDict()
+        self._experts: OrderedDict[tuple[str, tuple[int, ...]], Expert] = OrderedDict()
         self._autoencoders: dict[str, Autoencoder] = {}
         self._statistics: dict[str, Statistics] = {}
 
@@ -67,7 +67,7 @@ class ExpertReader:
         Raises:
             StorageError: its file is missing, damaged or of another architecture.
         """
-        key = ref.artifact.sha256
+        key = (ref.artifact.sha256, ref.classes)
         if key in self._experts:
             self._experts.move_to_end(key)
             return self._experts[key]
@@ -125,10 +125,17 @@ class Reference:
         return Reference(Statistics(tensors["mean"], tensors["std"], record.num_samples), root or None)
 
     def save(self, path: str | Path, kind: AutoencoderKind) -> None:
-        """Write a file of its own."""
+        """Write a file of its own.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         tensors = {"mean": self.statistics.mean, "std": self.statistics.std}
         tensors |= {f"root.{name}": tensor for name, tensor in (self.root_autoencoder or {}).items()}
-        save_file(tensors, path, metadata={"kind": kind, "num_samples": str(self.statistics.num_samples)})
+        try:
+            save_file(tensors, path, metadata={"kind": kind, "num_samples": str(self.statistics.num_samples)})
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"The reference cannot be written to {str(path)!r}: {error}") from error
 
     @staticmethod
     def load(path: str | Path, kind: AutoencoderKind) -> Reference:

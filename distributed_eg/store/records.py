@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,8 +79,9 @@ def read_statistics(storage: Storage) -> StatisticsRecord | None:
     if not storage.exists(layout.STATISTICS):
         return None
     raw = storage.read_record(layout.STATISTICS)
-    root = raw["root_autoencoder"]
-    return StatisticsRecord(Artifact(**raw["artifact"]), raw["num_samples"], root and Artifact(**root))
+    with _as_written(storage, layout.STATISTICS):
+        root = raw["root_autoencoder"]
+        return StatisticsRecord(Artifact(**raw["artifact"]), raw["num_samples"], root and Artifact(**root))
 
 
 def write_autoencoder(storage: Storage, record: AutoencoderRecord) -> Artifact:
@@ -89,7 +92,10 @@ def write_autoencoder(storage: Storage, record: AutoencoderRecord) -> Artifact:
 def read_autoencoder(storage: Storage, task: TaskId) -> AutoencoderRecord | None:
     """A task's autoencoder record, or None where there is none yet."""
     raw = _read_task_record(storage, task, "autoencoder")
-    return None if raw is None else AutoencoderRecord(**{**raw, "artifact": Artifact(**raw["artifact"])})
+    if raw is None:
+        return None
+    with _as_written(storage, layout.task_file(task, "autoencoder")):
+        return AutoencoderRecord(**{**raw, "artifact": Artifact(**raw["artifact"])})
 
 
 def write_relatedness(storage: Storage, record: RelatednessRecord) -> Artifact:
@@ -102,8 +108,9 @@ def read_relatedness(storage: Storage, task: TaskId) -> RelatednessRecord | None
     raw = _read_task_record(storage, task, "relatedness")
     if raw is None:
         return None
-    rows = tuple(RelatednessRow(**row) for row in raw["rows"])
-    return RelatednessRecord(**{**raw, "choice": TransferChoice(**raw["choice"]), "rows": rows})
+    with _as_written(storage, layout.task_file(task, "relatedness")):
+        rows = tuple(RelatednessRow(**row) for row in raw["rows"])
+        return RelatednessRecord(**{**raw, "choice": TransferChoice(**raw["choice"]), "rows": rows})
 
 
 def write_manifest(storage: Storage, manifest: TaskManifest) -> Artifact:
@@ -116,8 +123,9 @@ def read_manifest(storage: Storage, task: TaskId) -> TaskManifest | None:
     raw = _read_task_record(storage, task, "manifest")
     if raw is None:
         return None
-    artifacts = {name: Artifact(**raw[name]) for name in ("autoencoder", "relatedness", "expert")}
-    return TaskManifest(**{**raw, **artifacts, "classes": tuple(raw["classes"])})
+    with _as_written(storage, layout.task_file(task, "manifest")):
+        artifacts = {name: Artifact(**raw[name]) for name in ("autoencoder", "relatedness", "expert")}
+        return TaskManifest(**{**raw, **artifacts, "classes": tuple(raw["classes"])})
 
 
 def write_timings(storage: Storage, task: TaskId, timings: list[StageTiming]) -> None:
@@ -128,12 +136,24 @@ def write_timings(storage: Storage, task: TaskId, timings: list[StageTiming]) ->
 def read_timings(storage: Storage, task: TaskId) -> list[StageTiming]:
     """Who did what for how long; empty where nothing was noted."""
     raw = _read_task_record(storage, task, "timings")
-    return [] if raw is None else [StageTiming(**timing) for timing in raw["stages"]]
+    if raw is None:
+        return []
+    with _as_written(storage, layout.task_file(task, "timings")):
+        return [StageTiming(**timing) for timing in raw["stages"]]
 
 
 def stored_tasks(storage: Storage) -> list[TaskId]:
     """Tasks that have any record, in order."""
-    return [int(name) for name in storage.list(layout.TASKS)]
+    return sorted(int(name) for name in storage.list(layout.TASKS) if name.isdigit())
+
+
+@contextmanager
+def _as_written(storage: Storage, path: str) -> Iterator[None]:
+    """Tell a record that lacks a field, or has another, as damaged."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}") from error
 
 
 def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, Any] | None:

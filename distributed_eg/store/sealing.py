@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,22 @@ class Storage:
             if self._local is not None:
                 _write_local(self._local / path, data)
             else:
-                with self._fs.open_output_stream(path) as stream:
-                    stream.write(data)
+                self._write_object(path, data)
         except OSError as error:
             raise StorageError(
                 f"The storage {self.uri!r} cannot be written at {path!r}: {error} Check that it exists, that it is "
                 "writable and that it has room."
             ) from error
         return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
+
+    def _write_object(self, path: str, data: bytes) -> None:
+        try:
+            stream = self._fs.open_output_stream(path)
+        except FileNotFoundError:  # a file system, unlike an object store, that wants the folder first
+            self._fs.create_dir(path.rpartition("/")[0], recursive=True)
+            stream = self._fs.open_output_stream(path)
+        with stream:
+            stream.write(data)
 
     def read(self, path: str) -> bytes:
         """The bytes of ``path``.
@@ -106,9 +115,11 @@ class Storage:
             StorageError: it is missing, is no JSON, or has another schema version.
         """
         try:
-            record: dict[str, Any] = json.loads(self.read(path))
+            record = json.loads(self.read(path))
         except ValueError as error:
             raise StorageError(f"The record {path!r} in {self.uri!r} is damaged: {error}") from error
+        if not isinstance(record, dict):
+            raise StorageError(f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r}, not an object.")
         version = record.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise StorageError(
@@ -129,13 +140,14 @@ class Storage:
 
 def _write_local(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
+    temporary = target.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise

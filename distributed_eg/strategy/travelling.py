@@ -18,11 +18,10 @@ from avalanche.logging import BaseLogger
 from torch import nn
 
 from distributed_eg.errors import InputError
+from distributed_eg.runtime.shipping import PICKLE_ERRORS
 
 if TYPE_CHECKING:
     from distributed_eg.strategy.strategy import ExpertGateStrategy
-
-_PICKLE_ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStr
     state = {name: value for name, value in vars(strategy).items() if name not in driver_only}
     try:
         packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
-    except _PICKLE_ERRORS as error:
+    except PICKLE_ERRORS as error:
         raise InputError(_culprit(strategy, state, error)) from error
     metrics: list[bytes | None] = []
     for metric in strategy.evaluator.metrics:
         try:
             metrics.append(_dump(metric, strategy))
-        except _PICKLE_ERRORS as error:
+        except PICKLE_ERRORS as error:
             warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=3)
             metrics.append(None)
     return PackedStrategy(packed_class, packed_state, tuple(metrics))
@@ -133,6 +132,6 @@ def _culprit(strategy: ExpertGateStrategy, state: Mapping[str, Any], error: Exce
 def _travels(value: Any, strategy: ExpertGateStrategy) -> bool:
     try:
         _dump(value, strategy)
-    except _PICKLE_ERRORS:
+    except PICKLE_ERRORS:
         return False
     return True

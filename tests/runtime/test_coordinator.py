@@ -1,0 +1,255 @@
+"""The coordinator: the single writer, whose every answer is in the run directory already."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from distributed_eg.errors import StorageError
+from distributed_eg.runtime.coordinator import Coordinator, Record
+from distributed_eg.runtime.registry import Registry
+from distributed_eg.store import layout
+from distributed_eg.store.records import (
+    AutoencoderRecord,
+    RelatednessRecord,
+    StageTiming,
+    StatisticsRecord,
+    TaskManifest,
+)
+from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.types import RelatednessRow, TransferChoice
+
+
+def artifact(name: str) -> Artifact:
+    """An artifact that nobody reads."""
+    return Artifact(f"{name}.safetensors", f"sha-{name}", 1)
+
+
+def records_of(task: int, relatedness: Artifact | None = None) -> list[Record]:
+    """What the stages of a task leave behind; the manifest last, once its relatedness is sealed."""
+    parent = task - 1 if task else None
+    row = RelatednessRow(task, parent, 2.0, 1.0, 4.0, "variance", 0.1 + 0.2, True, "lwf")
+    choice = TransferChoice(parent, "lwf") if task else TransferChoice(None, "fresh")
+    found: list[Record] = [
+        AutoencoderRecord(task, 10 + task, "linear", artifact(f"a{task}"), 60),
+        RelatednessRecord(task, choice, 1.0, 4.0, (row,) if task else ()),
+    ]
+    if relatedness is not None:
+        a, e = artifact(f"a{task}"), artifact(f"e{task}")
+        classes = (2 * task, 2 * task + 1)
+        found.append(TaskManifest(task, 10 + task, classes, parent, choice.transfer, 0.5, a, relatedness, e))
+    return found
+
+
+def seal(coordinator: Coordinator, task: int) -> None:
+    """Record everything of a task, as a driver does."""
+    autoencoder, related = records_of(task)
+    coordinator.record(autoencoder)
+    sealed = coordinator.record(related)
+    coordinator.note_timings(task, [StageTiming("expert", "w0", 1.5)])
+    coordinator.record(records_of(task, sealed)[2])
+
+
+STATISTICS = StatisticsRecord(artifact("s"), 60, artifact("root"))
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return str(tmp_path / "run")
+
+
+def content(uri: str) -> dict[str, bytes]:
+    """Every file of a run directory."""
+    return {str(file): file.read_bytes() for file in sorted(Path(uri).rglob("*")) if file.is_file()}
+
+
+def test_a_new_run_is_empty_and_asking_writes_nothing(uri: str) -> None:
+    assert Coordinator(uri).registry() == Registry()
+    assert not Path(uri).exists()
+
+
+def test_an_answer_is_in_the_run_directory_already(uri: str) -> None:
+    coordinator = Coordinator(uri)
+    for record in (STATISTICS, *records_of(0)):
+        sealed = coordinator.record(record)
+        assert Storage(uri).read_artifact(sealed)
+    known = coordinator.registry()
+    assert (known.statistics, known.autoencoders[0], known.relatedness[0]) == (STATISTICS, *records_of(0))
+
+
+def test_a_new_coordinator_on_the_same_directory_knows_the_same(uri: str) -> None:
+    """Two sealed tasks and one that was interrupted after its relatedness."""
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    for task in (0, 1):
+        seal(coordinator, task)
+    for record in records_of(2):
+        coordinator.record(record)
+    again = Coordinator(uri).registry()
+    known = coordinator.registry()
+    assert again.statistics == known.statistics
+    assert again.autoencoders == known.autoencoders
+    assert again.relatedness == known.relatedness
+    assert again.manifests == known.manifests
+    assert {task: again.relatedness_artifacts[task] for task in (0, 1)} == {
+        task: known.relatedness_artifacts[task] for task in (0, 1)
+    }
+    assert {task: timings for task, timings in again.timings.items() if timings} == known.timings
+    assert [ours.equals(theirs) for ours, theirs in zip(again.tables(), known.tables(), strict=True)] == [True, True]
+
+
+def test_a_coordinator_that_restarts_between_any_two_records_ends_with_the_same_files(tmp_path: Path) -> None:
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    coordinator = Coordinator(whole)
+    coordinator.record(STATISTICS)
+    for task in (0, 1, 2):
+        seal(coordinator, task)
+    coordinator.export()
+    Coordinator(broken).record(STATISTICS)
+    for task in (0, 1, 2):
+        Coordinator(broken).record(records_of(task)[0])
+        sealed = Coordinator(broken).record(records_of(task)[1])
+        Coordinator(broken).note_timings(task, [StageTiming("expert", "w0", 1.5)])
+        Coordinator(broken).record(records_of(task, sealed)[2])
+    Coordinator(broken).export()
+    assert [*content(whole).values()] == [*content(broken).values()]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_sealing_the_same_record_twice_changes_nothing(uri: str, restarted: bool) -> None:
+    """A driver that lost the answer asks again, possibly of a new coordinator."""
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    seal(coordinator, 0)
+    before = content(uri)
+    second = Coordinator(uri) if restarted else coordinator
+    sealed = second.registry().relatedness_artifacts[0]
+    assert [second.record(record) for record in (STATISTICS, *records_of(0, sealed))] == [
+        coordinator.record(record) for record in (STATISTICS, *records_of(0, sealed))
+    ]
+    assert content(uri) == before
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("which", range(4), ids=["statistics", "autoencoder", "relatedness", "task 0"])
+def test_another_record_for_the_same_task_is_refused(uri: str, which: int, restarted: bool) -> None:
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    seal(coordinator, 0)
+    before = content(uri)
+    known = [STATISTICS, *records_of(0, coordinator.registry().relatedness_artifacts[0])][which]
+    changes = [{"num_samples": 61}, {"num_samples": 61}, {"variance": 4.5}, {"expert": artifact("another")}][which]
+    other = dataclasses.replace(known, **changes)
+    what = ["statistics", "autoencoder of task 0", "relatedness of task 0", "task 0"][which]
+    second = Coordinator(uri) if restarted else coordinator
+    with pytest.raises(StorageError, match=f"another record for .*{what}"):
+        second.record(other)
+    assert content(uri) == before
+    second.record(known)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_a_failed_task_left_may_be_replaced(uri: str, restarted: bool) -> None:
+    """Task 1 failed while its expert trained; its data were mended, so another autoencoder and parent come of them."""
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    seal(coordinator, 0)
+    for record in records_of(1):
+        coordinator.record(record)
+    coordinator = Coordinator(uri) if restarted else coordinator
+    autoencoder, relatedness = (
+        dataclasses.replace(old, **change)
+        for old, change in zip(records_of(1), ({"num_samples": 59}, {"variance": 5.0}), strict=True)
+    )
+    coordinator.record(autoencoder)
+    sealed = coordinator.record(relatedness)
+    coordinator.record(records_of(1, sealed)[2])
+    for known in (coordinator.registry(), Coordinator(uri).registry()):
+        assert (known.autoencoders[1], known.relatedness[1]) == (autoencoder, relatedness)
+        assert known.relatedness_artifacts[1] == sealed
+        assert set(known.manifests) == {0, 1}
+
+
+def test_statistics_may_be_replaced_only_while_no_task_is_sealed(uri: str) -> None:
+    """A first task that failed left its statistics; errors of sealed tasks, though, are compared under one pair."""
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    other = dataclasses.replace(STATISTICS, num_samples=61)
+    coordinator.record(other)
+    assert Coordinator(uri).registry().statistics == other
+    seal(coordinator, 0)
+    with pytest.raises(StorageError, match="statistics"):
+        coordinator.record(STATISTICS)
+    assert Coordinator(uri).registry().statistics == other
+
+
+def test_a_record_that_could_not_be_written_is_not_known(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full for a moment: nothing was recorded, and another result may take the place."""
+    coordinator = Coordinator(uri)
+    seal(coordinator, 0)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    first, second = records_of(1)[0], AutoencoderRecord(1, 11, "linear", artifact("another"), 60)
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        coordinator.record(first)
+    monkeypatch.undo()
+    assert 1 not in coordinator.registry().autoencoders
+    coordinator.record(second)
+    assert Coordinator(uri).registry().autoencoders[1] == second
+
+
+def test_a_task_without_a_manifest_is_not_in_the_tables(uri: str) -> None:
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    seal(coordinator, 0)
+    for record in records_of(1):
+        coordinator.record(record)
+    coordinator.note_timings(1, [StageTiming("relate", "w0", 2.0)])
+    for known in (coordinator.registry(), Coordinator(uri).registry()):
+        registry, relatedness = known.tables()
+        assert registry["task"].to_pylist() == [0]
+        assert relatedness["task"].to_pylist() == []
+    seal(coordinator, 1)
+    registry, relatedness = Coordinator(uri).registry().tables()
+    assert registry["task"].to_pylist() == [0, 1]
+    assert relatedness["task"].to_pylist() == [1]
+
+
+def test_the_export_reads_back_equal(uri: str) -> None:
+    coordinator = Coordinator(uri)
+    coordinator.record(STATISTICS)
+    for task in (1, 0, 2):  # as they end, not in order
+        seal(coordinator, task)
+    coordinator.export()
+    tables = coordinator.registry().tables()
+    for path, table in zip((layout.REGISTRY_TABLE, layout.RELATEDNESS_TABLE), tables, strict=True):
+        found = pq.read_table(Path(uri) / path)
+        assert found.equals(table)
+        assert found.schema.equals(table.schema)
+    assert tables[0]["task"].to_pylist() == [0, 1, 2]
+    assert tables[0]["train_s"].to_pylist() == [1.5] * 3
+
+
+def test_tables_do_not_depend_on_the_export_nor_on_its_files(uri: str) -> None:
+    coordinator = Coordinator(uri)
+    seal(coordinator, 0)
+    coordinator.export()
+    expected = coordinator.registry().tables()
+    (Path(uri) / layout.REGISTRY_TABLE).write_bytes(b"damaged")
+    again = Coordinator(uri)
+    assert all(a.equals(b) for a, b in zip(again.registry().tables(), expected, strict=True))
+    again.export()
+    assert pq.read_table(Path(uri) / layout.REGISTRY_TABLE).equals(expected[0])
+
+
+def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    coordinator = Coordinator(str(tmp_path / "file" / "run"))
+    with pytest.raises(StorageError, match="file/run"):
+        coordinator.record(STATISTICS)

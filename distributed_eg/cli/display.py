@@ -14,7 +14,7 @@ from distributed_eg.runtime.session import Progress
 from distributed_eg.schedule.events import Stage
 
 if TYPE_CHECKING:
-    from distributed_eg.cli.run import RunOutcome
+    from distributed_eg.cli.run import RunOutcome, TaskOutcome
 
 
 class Display:
@@ -74,7 +74,7 @@ class Display:
                 f"{task.task} {task.name}",
                 parent,
                 task.transfer,
-                "" if task.relatedness is None else f"{task.relatedness:.3f}",
+                _relatedness(task),
                 f"{task.gate_accuracy:.3f}",
                 f"{task.expert_accuracy:.3f}",
                 f"{task.end_to_end_accuracy:.3f}",
@@ -93,3 +93,9 @@ class Display:
         for task, name in enumerate(self._names):
             table.add_row(f"{task} {name}", *(self._cells.get((task, stage), "") for stage in Stage))
         return table
+
+
+def _relatedness(task: TaskOutcome) -> str:
+    if task.relatedness is None:
+        return ""
+    return f"{task.relatedness:.3f}" + ("" if task.near_tie is None else f" (as {task.near_tie})")

@@ -13,6 +13,7 @@ from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
 from distributed_eg.config import ClusterConfig, Engine
 from distributed_eg.types import AutoencoderKind
 
+_NEAR_TIE = 0.001
 _QUANTITIES = {"gate": "Gate_Acc", "expert": "Expert_Acc", "end_to_end": "EndToEnd_Acc"}
 
 
@@ -84,6 +85,8 @@ class TaskOutcome:
     parent: int | None
     transfer: str
     relatedness: float | None
+    near_tie: int | None
+    """Another candidate within 0.001 of the parent's relatedness, which other seeds or images could choose."""
     gate_accuracy: float
     expert_accuracy: float
     end_to_end_accuracy: float
@@ -178,7 +181,13 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunO
 
 
 def _outcome(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: float, eval_s: float) -> RunOutcome:
-    chosen = {row["task"]: row["relatedness"] for row in strategy.relatedness.to_pylist() if row["chosen"]}
+    relatedness = strategy.relatedness.to_pylist()
+    chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
+    ties = {
+        row["task"]: row["candidate"]
+        for row in relatedness
+        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < _NEAR_TIE
+    }
     tasks = []
     for row in strategy.registry.to_pylist():
         task, label = row["task"], row["label"]
@@ -193,6 +202,7 @@ def _outcome(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: fl
                 name=benchmark.task_names[task],
                 domain=benchmark.domains[task],
                 relatedness=chosen.get(task),
+                near_tie=ties.get(task),
                 **kept,
                 **sums,
                 **accuracies,

@@ -46,6 +46,7 @@ from distributed_eg.types import TaskId
 logger = logging.getLogger(__name__)
 
 _DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "_open", "_finalizer", "_reporter"})
+_UNEQUAL = 3
 _SGD_ONLY = {"ae_train_mb_size": 1, "ae_train_epochs": 2, "ae_lr": 1e-3, "ae_optimizer": "sgd"}
 
 
@@ -259,6 +260,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         finally:
             self._train_cleanup()
             self._attach_model(run)
+        self._warn_of_unequal_tasks(run)
         return self.evaluator.get_last_metrics()
 
     def train_expert(
@@ -433,6 +435,20 @@ class ExpertGateStrategy(SupervisedTemplate):
         for count, right in zip(counts, rights, strict=True):
             self._answers.append(Answers([next(results) for _ in range(count)], right, highest + 1))
         self.experience = None
+
+    def _warn_of_unequal_tasks(self, run: OpenRun) -> None:
+        registry = run.session.registry
+        sizes = {task: registry.autoencoders[task].num_samples for task in registry.manifests}
+        smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
+        if sizes[largest] > _UNEQUAL * sizes[smallest]:
+            logger.warning(
+                "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
+                "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
+                smallest,
+                sizes[smallest],
+                largest,
+                sizes[largest],
+            )
 
     def _attach_model(self, run: OpenRun) -> None:
         registry = run.session.registry

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 TaskId: TypeAlias = int
-"""Position of a task in the order of first arrival, from 0. A label is the user's name for a task, any integer."""
+"""Position in the order of arrival, from 0. A label is the user's name for a task, any integer.
 
-Transfer: TypeAlias = Literal["fresh", "finetune", "lwf"]
-"""How an expert starts: from the pretrained root without a choice, fine-tuned from its parent, or with
-learning without forgetting from its parent."""
+A label that comes again brings the next version of its task, which is worked on under a number of its own; users see
+it under the task's first number."""
+
+Transfer: TypeAlias = Literal["fresh", "finetune", "lwf", "continue"]
+"""How an expert starts: from the pretrained root without a choice, fine-tuned from its parent, with learning without
+forgetting from its parent, or from the earlier version of its own task."""
+
+OnRepeat: TypeAlias = Literal["continue", "error", "new_expert"]
+"""What a label that comes again means: its expert goes on, it is refused, or its task starts anew."""
 
 RelatednessUnit: TypeAlias = Literal["own_error", "variance"]
 """What the difference of two errors is divided by: the paper's Er_k, or the task's own variance."""

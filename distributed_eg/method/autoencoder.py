@@ -40,11 +40,16 @@ class FeatureRows(Protocol):
 _UNITS: Mapping[AutoencoderKind, RelatednessUnit] = {"sgd": "own_error", "linear": "variance"}
 
 
-def fit_autoencoder(config: AutoencoderConfig, features: FeatureRows, seed: int) -> Autoencoder:
-    """The autoencoder of one task's standardized ``features``; "linear" needs neither seed nor epochs."""
+def fit_autoencoder(
+    config: AutoencoderConfig, features: FeatureRows, seed: int, *, start: Autoencoder | None = None
+) -> Autoencoder:
+    """The autoencoder of one task's standardized ``features``; "linear" needs neither seed nor epochs.
+
+    ``start``, of the same kind, is what a task that comes again goes on from, without its old data.
+    """
     if config.kind == "linear":
-        return fit_linear(features.blocks, config.latent_dim)
-    return fit_sgd(config, features, seed)
+        return fit_linear(features.blocks, config.latent_dim, start=cast("LinearAutoencoder | None", start))
+    return fit_sgd(config, features, seed, start=cast("SgdAutoencoder | None", start))
 
 
 def stack_autoencoders(autoencoders: Sequence[Autoencoder]) -> AutoencoderStack:

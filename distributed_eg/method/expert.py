@@ -68,6 +68,20 @@ def derive_expert(parent: nn.Module, num_classes: int, seed: int) -> nn.Module:
     return expert.requires_grad_(True)
 
 
+def continue_expert(before: nn.Module, classes_before: Sequence[int], classes: Sequence[int], seed: int) -> nn.Module:
+    """A copy of a task's earlier expert for ``classes``, which include its own: the head keeps what it knows of those,
+    and has fresh rows for the others."""
+    expert = derive_expert(before, len(classes), seed)
+    name = find_head(expert)
+    old, new = get_head(before, name), get_head(expert, name)
+    rows = [list(classes).index(c) for c in classes_before]
+    with torch.no_grad():
+        new.weight[rows] = old.weight.cpu()
+        if new.bias is not None and old.bias is not None:
+            new.bias[rows] = old.bias.cpu()
+    return expert
+
+
 def with_head_size(root: nn.Module, num_classes: int) -> nn.Module:
     """A copy of ``root`` whose head has ``num_classes`` outputs, to load an expert's stored weights into."""
     return derive_expert(root, num_classes, seed=0)

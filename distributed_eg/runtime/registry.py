@@ -59,17 +59,17 @@ class Registry:
         return registry
 
     @property
-    def labels(self) -> dict[TaskId, int]:
-        """The label of each sealed task."""
-        return {task: manifest.label for task, manifest in self.manifests.items()}
+    def newest(self) -> dict[TaskId, TaskManifest]:
+        """The newest version of each sealed task, by the number that users see."""
+        return {self.manifests[task].versions[0]: self.manifests[task] for task in sorted(self.manifests)}
 
-    def task_of_label(self, label: int) -> TaskId | None:
-        """The sealed task of that label."""
-        return next((task for task, known in self.labels.items() if known == label), None)
+    def of_label(self, label: int) -> TaskManifest | None:
+        """The newest sealed version of the task with that label."""
+        return next((manifest for manifest in self.newest.values() if manifest.label == label), None)
 
     def number(self, label: int) -> TaskId:
-        """The task's number: a new one, or the one that a failed attempt at the same label left behind."""
-        begun = {record.label: task for task, record in self.autoencoders.items()}
+        """The next number for that label: a new one, or the one that a failed attempt left behind."""
+        begun = {record.label: task for task, record in self.autoencoders.items() if task not in self.manifests}
         return begun.get(label, max([*self.autoencoders, *self.manifests], default=-1) + 1)
 
     def expert_ref(self, task: TaskId) -> ExpertRef:
@@ -77,10 +77,14 @@ class Registry:
         manifest = self.manifests[task]
         return ExpertRef(manifest.expert, manifest.classes)
 
+    def expert_refs(self) -> dict[TaskId, ExpertRef]:
+        """Where each task's newest expert is, by the number that users see."""
+        return {task: self.expert_ref(manifest.task) for task, manifest in self.newest.items()}
+
     def gate_ref(self, method: MethodConfig) -> GateRef:
-        """Where everything is that the gate over all sealed tasks needs."""
+        """Where everything is that the gate over all sealed tasks, in their newest versions, needs."""
         assert self.statistics is not None
-        autoencoders = tuple((task, self.manifests[task].autoencoder) for task in sorted(self.manifests))
+        autoencoders = tuple((task, manifest.autoencoder) for task, manifest in sorted(self.newest.items()))
         kind = method.autoencoder.kind
         return GateRef(kind, self.statistics, autoencoders, method.temp, method.confidence_threshold)
 
@@ -89,5 +93,5 @@ class Registry:
         sealed = [self.relatedness[task] for task in sorted(self.manifests)]
         return (
             registry_table(list(self.manifests.values()), self.timings),
-            relatedness_table(sealed, self.labels),
+            relatedness_table(sealed, list(self.manifests.values())),
         )

@@ -65,13 +65,19 @@ class TaskData:
 
 @dataclass(frozen=True)
 class TaskInput:
-    """One task of a stream, ready to be worked on."""
+    """One task of a stream, ready to be worked on.
+
+    ``classes`` are those of all its versions; ``versions`` their numbers, this one's last. ``continues`` is the version
+    that autoencoder and expert go on from, None where both start anew.
+    """
 
     task: TaskId
     label: int
     classes: tuple[int, ...]
     data: Shipped
     experience: ExperienceInfo
+    versions: tuple[TaskId, ...]
+    continues: TaskId | None = None
 
 
 @dataclass(frozen=True)
@@ -125,10 +131,11 @@ class ReferenceRequest:
 
 @dataclass(frozen=True)
 class AutoencoderRequest:
-    """Fit a task's autoencoder."""
+    """Fit a task's autoencoder; ``start`` is the earlier version's where it continues one."""
 
     input: TaskInput
     statistics: StatisticsRecord
+    start: AutoencoderRecord | None = None
 
 
 @dataclass(frozen=True)

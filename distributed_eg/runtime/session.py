@@ -59,6 +59,7 @@ from distributed_eg.store.records import (
     StatisticsRecord,
     TaskManifest,
 )
+from distributed_eg.store.sealing import Artifact
 from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class _Training:
         self._observer = observer
         self._machine = Machine(registry.manifests, has_statistics=registry.statistics is not None)
         self._tasks: dict[TaskId, TaskInput] = {}
+        self._versions: dict[TaskId, tuple[TaskId, ...]] = {}
         self._running: dict[int, RunStage] = {}
         self._timings: dict[TaskId, list[StageTiming]] = {}
         self._logs: dict[TaskId, Any] = {}
@@ -212,8 +214,9 @@ class _Training:
             if task_input is None:
                 return [StreamEnded()]
             self._tasks[task_input.task] = task_input
+            self._versions[task_input.task] = task_input.versions
             order.append(task_input.task)
-            return [TaskArrived(task_input.task)]
+            return [TaskArrived(task_input.task, task_input.continues)]
         if isinstance(instruction, ReportFailure):
             self._failures[instruction.task] = f"{instruction.stage.value}: {instruction.message}"
             return []
@@ -229,19 +232,33 @@ class _Training:
             return FeaturesRequest(task_input, run.with_statistics)
         assert registry.statistics is not None
         if run.stage is Stage.AUTOENCODER:
-            return AutoencoderRequest(task_input, registry.statistics)
+            start = None if task_input.continues is None else registry.autoencoders[task_input.continues]
+            return AutoencoderRequest(task_input, registry.statistics, start)
         if run.stage is Stage.RELATE:
-            # An autoencoder that an earlier, failed call left behind has no expert to start from.
-            known = [a for a in sorted(registry.autoencoders) if a < run.task]
-            earlier = [a for a in known if a in registry.manifests or a in self._tasks]
-            candidates = [(a, registry.autoencoders[a].artifact) for a in earlier]
-            root = registry.statistics.root_autoencoder
             own = registry.autoencoders[run.task].artifact
-            listed = tuple([*([(None, root)] if root else []), *candidates])
-            return RelateRequest(task_input, registry.statistics, own, listed)
+            return RelateRequest(task_input, registry.statistics, own, self._candidates(task_input))
         choice = registry.relatedness[run.task].choice
         parent = None if choice.parent is None else registry.expert_ref(choice.parent)
         return ExpertRequest(task_input, choice, parent, self._trainer)
+
+    def _candidates(self, task_input: TaskInput) -> tuple[tuple[TaskId | None, Artifact], ...]:
+        """What the expert could start from: the root where it has an autoencoder, and the newest version of each task
+        that precedes this one in the stream, whatever has finished since."""
+        if task_input.continues is not None:
+            return ()
+        registry = self._registry
+        newest: dict[TaskId, TaskId] = {}
+        for task in sorted(registry.autoencoders):
+            # An autoencoder that an earlier, failed call left behind has no expert to start from.
+            if task < task_input.task and (task in registry.manifests or task in self._versions):
+                newest[self._first_number(task)] = task
+        root = registry.statistics.root_autoencoder if registry.statistics else None
+        earlier = [(task, registry.autoencoders[task].artifact) for task in sorted(newest.values())]
+        return ((None, root), *earlier) if root is not None else tuple(earlier)
+
+    def _first_number(self, task: TaskId) -> TaskId:
+        manifest = self._registry.manifests.get(task)
+        return (self._versions[task] if manifest is None else manifest.versions)[0]
 
     def _report(self, report: Joined | Lost | Ended) -> list[Event]:
         if isinstance(report, Joined):
@@ -286,6 +303,7 @@ class _Training:
         manifest = TaskManifest(
             task=task,
             label=task_input.label,
+            versions=task_input.versions,
             classes=task_input.classes,
             parent=choice.parent,
             transfer=choice.transfer,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
-from distributed_eg.method.expert import derive_expert
+from distributed_eg.method.expert import continue_expert, derive_expert
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.standardize import Statistics, compute_statistics
@@ -32,7 +32,7 @@ from distributed_eg.store.layout import task_weights
 from distributed_eg.store.reading import save_statistics
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
 from distributed_eg.store.weights import save_tensors
-from distributed_eg.types import TaskId, derive_seed
+from distributed_eg.types import TaskId, TransferChoice, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,12 @@ def fit_task_autoencoder(context: WorkerContext, request: AutoencoderRequest) ->
     task, config = request.input.task, context.setup.method.autoencoder
     features = context.feature_file(request.input, "train", request.statistics)
     seed = derive_seed(context.setup.method.seed, task, "autoencoder")
-    autoencoder = fit_autoencoder(config, features, seed)
+    before = request.start
+    start = None if before is None else context.reader.autoencoder(config.kind, before.artifact)
+    autoencoder = fit_autoencoder(config, features, seed, start=start)
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
-    record = AutoencoderRecord(task, request.input.label, config.kind, artifact, len(features))
+    num_samples = len(features) + (0 if before is None else before.num_samples)
+    record = AutoencoderRecord(task, request.input.label, config.kind, artifact, num_samples)
     context.drop_features(task, "train")
     return record
 
@@ -103,6 +106,8 @@ def relate_task(context: WorkerContext, request: RelateRequest) -> RelatednessRe
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
     unit = relatedness_unit(kind)
     rows, choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
+    if request.input.continues is not None:
+        choice = TransferChoice(request.input.continues, "continue")
     if own > _LEARNT_SHARE * variance:
         logger.warning(
             "The autoencoder of task %d (label %d) has hardly learnt: its validation error %.4g is %.0f %% of the "
@@ -121,7 +126,11 @@ def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult
     """Train a task's expert with the user's own strategy, from its parent, and seal it."""
     task_input, method = request.input, context.setup.method
     parent = context.root if request.parent is None else context.reader.expert(request.parent).network
-    network = derive_expert(parent, len(task_input.classes), derive_seed(method.seed, task_input.task, "head"))
+    seed = derive_seed(method.seed, task_input.task, "head")
+    if request.choice.transfer == "continue" and request.parent is not None:
+        network = continue_expert(parent, request.parent.classes, task_input.classes, seed)
+    else:
+        network = derive_expert(parent, len(task_input.classes), seed)
     job = ExpertJob(
         task=task_input.task,
         label=task_input.label,

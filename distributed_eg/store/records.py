@@ -50,6 +50,8 @@ class TaskManifest:
 
     task: TaskId
     label: int
+    versions: tuple[TaskId, ...]
+    """Numbers of all versions of this task up to this one; the first is what users see."""
     classes: tuple[int, ...]
     parent: TaskId | None
     transfer: Transfer
@@ -125,7 +127,9 @@ def read_manifest(storage: Storage, task: TaskId) -> TaskManifest | None:
         return None
     with _as_written(storage, layout.task_file(task, "manifest")):
         artifacts = {name: Artifact(**raw[name]) for name in ("autoencoder", "relatedness", "expert")}
-        return TaskManifest(**{**raw, **artifacts, "classes": tuple(raw["classes"])})
+        return TaskManifest(
+            **{**raw, **artifacts, "classes": tuple(raw["classes"]), "versions": tuple(raw["versions"])}
+        )
 
 
 def write_timings(storage: Storage, task: TaskId, timings: list[StageTiming]) -> None:

@@ -44,16 +44,19 @@ RELATEDNESS_SCHEMA = pa.schema(
 
 
 def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, Sequence[StageTiming]]) -> pa.Table:
-    """One row a sealed task, in task order; ``train_s`` sums its stages, ``worker`` trained its expert."""
+    """One row a sealed task, its newest version, in task order; ``train_s`` sums that version's stages, ``worker``
+    trained its expert."""
     rows = []
-    for manifest in sorted(manifests, key=lambda manifest: manifest.task):
+    first = first_numbers(manifests)
+    newest = {manifest.versions[0]: manifest for manifest in sorted(manifests, key=lambda manifest: manifest.task)}
+    for _, manifest in sorted(newest.items()):
         stages = timings.get(manifest.task, ())
         workers = [timing.worker for timing in stages if timing.stage == "expert"]
         rows.append(
             {
-                "task": manifest.task,
+                "task": manifest.versions[0],
                 "label": manifest.label,
-                "parent": manifest.parent,
+                "parent": None if manifest.parent is None else first[manifest.parent],
                 "transfer": manifest.transfer,
                 "num_classes": len(manifest.classes),
                 "autoencoder_sha256": manifest.autoencoder.sha256,
@@ -65,14 +68,26 @@ def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, S
     return pa.Table.from_pylist(rows, schema=REGISTRY_SCHEMA)
 
 
-def relatedness_table(records: Sequence[RelatednessRecord], labels: Mapping[TaskId, int]) -> pa.Table:
-    """One row a task and candidate; candidate null stands for the pretrained root."""
+def relatedness_table(records: Sequence[RelatednessRecord], manifests: Sequence[TaskManifest]) -> pa.Table:
+    """One row a sealed task and candidate, in order of arrival; candidate null stands for the pretrained root."""
+    first = first_numbers(manifests)
+    labels = {manifest.task: manifest.label for manifest in manifests}
     rows = [
-        {**asdict(row), "label": labels[record.task]}
+        {
+            **asdict(row),
+            "task": first[record.task],
+            "label": labels[record.task],
+            "candidate": None if row.candidate is None else first.get(row.candidate, row.candidate),
+        }
         for record in sorted(records, key=lambda record: record.task)
         for row in record.rows
     ]
     return pa.Table.from_pylist(rows, schema=RELATEDNESS_SCHEMA)
+
+
+def first_numbers(manifests: Sequence[TaskManifest]) -> dict[TaskId, TaskId]:
+    """The number that users see, of every version's number."""
+    return {manifest.task: manifest.versions[0] for manifest in manifests}
 
 
 def export_tables(storage: Storage, registry: pa.Table, relatedness: pa.Table) -> None:

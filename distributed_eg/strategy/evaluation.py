@@ -30,8 +30,9 @@ def right_tasks(experience: CLExperience, registry: Registry) -> list[int]:
         of_sample = [int(label) for label in dataset.targets_task_labels]
     else:
         of_sample = [label_of(experience)] * len(dataset)
-    tasks = {label: registry.task_of_label(label) for label in set(of_sample)}
-    return [_UNKNOWN if (task := tasks[label]) is None else task for label in of_sample]
+    manifests = {label: registry.of_label(label) for label in set(of_sample)}
+    tasks = {label: _UNKNOWN if known is None else known.versions[0] for label, known in manifests.items()}
+    return [tasks[label] for label in of_sample]
 
 
 def plan(
@@ -41,7 +42,7 @@ def plan(
     bytes, do not depend on how many there are."""
     num_batches = -(-len(right) // batch_size)
     per_shard = -(-num_batches // num_shards) * batch_size
-    experts = {task: registry.expert_ref(task) for task in registry.manifests}
+    experts = registry.expert_refs()
     gate = registry.gate_ref(method)
     return [
         EvaluateRequest(

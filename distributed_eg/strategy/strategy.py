@@ -41,7 +41,7 @@ from distributed_eg.strategy.recording import replay
 from distributed_eg.strategy.reporting import GateReporter
 from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
 from distributed_eg.strategy.travelling import pack
-from distributed_eg.types import TaskId
+from distributed_eg.types import OnRepeat, TaskId
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         confidence_threshold: float | None = None,
         validation_fraction: float = 0.1,
         freeze_norm: bool = True,
+        on_repeat: OnRepeat = "continue",
         reference: Dataset[Any] | str | Path | None = None,
         observer: Observer | None = None,
         **base_kwargs: Any,
@@ -121,6 +122,8 @@ class ExpertGateStrategy(SupervisedTemplate):
             confidence_threshold: experts that are at least this confident answer together; None: the best alone.
             validation_fraction: share of a task's samples that relatedness is measured on.
             freeze_norm: keep running statistics of batch normalisation as the parent has them.
+            on_repeat: what a label that comes again means: "continue" trains the next version of its task from its own
+                expert, "new_expert" starts that version as a new task would, "error" refuses it.
             reference: a dataset, or a file of ``save_reference``, for the standardization statistics; it also makes
                 the pretrained root a candidate parent. None: the first task's features give the statistics.
             observer: called on this process with every stage that starts or ends.
@@ -166,6 +169,9 @@ class ExpertGateStrategy(SupervisedTemplate):
         self.ae_lr = ae_lr
         self.rel_thresh = rel_thresh
         self.cluster = cluster or ClusterConfig()
+        if on_repeat not in ("continue", "error", "new_expert"):
+            raise InputError(f"on_repeat is {on_repeat!r}; it must be 'continue', 'error' or 'new_expert'.")
+        self.on_repeat: OnRepeat = on_repeat
         self.reference = reference
         self.observer = observer
         self._asked_device = None if device is None else str(device)
@@ -243,7 +249,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
-            self._check_new(sized)
+            self._check(sized)
         run = self._opened()
         trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
         shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
@@ -383,17 +389,19 @@ class ExpertGateStrategy(SupervisedTemplate):
             run.session.fit_reference(shipped)
         return run
 
-    def _check_new(self, experiences: Sequence[CLExperience]) -> None:
-        known = {} if self._open is None else {v: k for k, v in self._open.session.registry.labels.items()}
+    def _check(self, experiences: Sequence[CLExperience]) -> None:
+        """Find what cannot be used before anything is begun."""
+        sealed = {} if self._open is None else self._open.session.registry.newest
+        known = {manifest.label: f"as task {task}" for task, manifest in sealed.items()}
         for experience in experiences:
             label = label_of(experience)
             classes_of(experience)
-            if label in known:
+            if label in known and self.on_repeat == "error":
                 raise InputError(
-                    f"Label {label} was trained already, as task {known[label]}; each experience must bring a new "
-                    "label."
+                    f"Label {label} was trained already, {known[label]}, and on_repeat='error' refuses it; on_repeat="
+                    "'continue' goes on with its expert."
                 )
-            known[label] = len(known)
+            known[label] = "in the same stream"
 
     def _inputs(
         self,
@@ -403,16 +411,23 @@ class ExpertGateStrategy(SupervisedTemplate):
         pending: dict[TaskId, tuple[CLExperience, object]],
     ) -> Iterator[TaskInput]:
         given = None if eval_streams is None else list(_flat(eval_streams))
-        given_numbers = -1
+        registry, task = run.session.registry, -1
+        earlier = {m.label: (m.versions, m.classes) for m in registry.newest.values()}
         for experience in experiences:
-            self._check_new([experience])
-            label = label_of(experience)
-            task = given_numbers = max(run.session.registry.number(label), given_numbers + 1)
+            label, classes = label_of(experience), classes_of(experience)
+            task = max(registry.number(label), task + 1)
+            versions, known_classes = earlier.get(label, ((), ()))
+            if versions and self.on_repeat == "error":
+                self._check([experience])
+            continues = versions[-1] if versions and self.on_repeat == "continue" else None
+            if continues is not None:
+                classes = tuple(sorted({*classes, *known_classes}))
+            earlier[label] = ((*versions, task), classes)
             measured = None if given is None else [other for other in given if label_of(other) == label]
             data = task_data(experience, task, self.method.seed, self.method.validation_fraction, measured)
             shipped, held = run.engine.shipper.ship(data, f"the dataset of experience {experience.current_experience}")
             pending[task] = (experience, held)
-            yield TaskInput(task, label, classes_of(experience), shipped, info_of(experience))
+            yield TaskInput(task, label, classes, shipped, info_of(experience), (*versions, task), continues)
 
     def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:
         """Have the workers answer for every experience, then keep their answers for the loop."""
@@ -420,7 +435,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         listed = list(experiences)
         shards = max(1, -(-max(1, len(run.engine.workers())) // max(1, len(listed))))
         requests, counts, rights, held = [], [], [], []
-        highest = max(max(manifest.classes) for manifest in registry.manifests.values())
+        highest = max(max(manifest.classes) for manifest in registry.newest.values())
         for self.experience in listed:
             self.eval_dataset_adaptation(**kwargs)
             right = right_tasks(self.experience, registry)
@@ -438,7 +453,9 @@ class ExpertGateStrategy(SupervisedTemplate):
 
     def _warn_of_unequal_tasks(self, run: OpenRun) -> None:
         registry = run.session.registry
-        sizes = {task: registry.autoencoders[task].num_samples for task in registry.manifests}
+        sizes = {task: registry.autoencoders[m.task].num_samples for task, m in registry.newest.items()}
+        if not sizes:
+            return
         smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
         if sizes[largest] > _UNEQUAL * sizes[smallest]:
             logger.warning(
@@ -456,8 +473,7 @@ class ExpertGateStrategy(SupervisedTemplate):
             return
         model: ExpertGate = self.model
         reader = ExpertReader(run.storage, model.expert, self.cluster.max_resident_experts, model.device)
-        experts = {task: registry.expert_ref(task) for task in registry.manifests}
-        model.attach(reader.gate(registry.gate_ref(self.method)), experts, reader, run.threads)
+        model.attach(reader.gate(registry.gate_ref(self.method)), registry.expert_refs(), reader, run.threads)
 
 
 def _flat(streams: Sequence[CLExperience | Iterable[CLExperience]]) -> Iterator[CLExperience]:

@@ -40,7 +40,7 @@ def records_of(task: int, relatedness: Artifact | None = None) -> list[Record]:
     if relatedness is not None:
         a, e = artifact(f"a{task}"), artifact(f"e{task}")
         classes = (2 * task, 2 * task + 1)
-        found.append(TaskManifest(task, 10 + task, classes, parent, choice.transfer, 0.5, a, relatedness, e))
+        found.append(TaskManifest(task, 10 + task, (task,), classes, parent, choice.transfer, 0.5, a, relatedness, e))
     return found
 
 

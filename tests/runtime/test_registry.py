@@ -35,7 +35,7 @@ def write_task(storage: Storage, task: int, label: int) -> TaskManifest:
     records.write_autoencoder(storage, AutoencoderRecord(task, label, "linear", autoencoder, 60))
     related = records.write_relatedness(storage, RelatednessRecord(task, choice, 1.0, 4.0, rows))
     classes = (2 * task, 2 * task + 1)
-    manifest = TaskManifest(task, label, classes, parent, choice.transfer, None, autoencoder, related, expert)
+    manifest = TaskManifest(task, label, (task,), classes, parent, choice.transfer, None, autoencoder, related, expert)
     records.write_manifest(storage, manifest)
     records.write_timings(storage, task, [StageTiming("expert", "w0", 1.0)])
     return manifest
@@ -59,8 +59,9 @@ def test_an_empty_directory_is_an_empty_registry(tmp_path: Path) -> None:
 
 def test_labels_name_sealed_tasks(storage: Storage) -> None:
     registry = Registry.read(storage)
-    assert registry.labels == {0: 30, 1: -4, 2: 7}
-    assert [registry.task_of_label(label) for label in (30, -4, 7, 0)] == [0, 1, 2, None]
+    assert {task: manifest.label for task, manifest in registry.newest.items()} == {0: 30, 1: -4, 2: 7}
+    found = [registry.of_label(label) for label in (30, -4, 7, 0)]
+    assert [manifest and manifest.task for manifest in found] == [0, 1, 2, None]
 
 
 def test_a_new_label_gets_a_new_number_and_a_failed_one_the_number_that_it_had(
@@ -88,7 +89,7 @@ def test_a_task_without_a_manifest_is_no_task_yet(storage: Storage, tmp_path: Pa
     registry = Registry.read(storage)
     assert set(registry.autoencoders) == {0, 1, 2}
     assert set(registry.manifests) == {0, 1}
-    assert registry.task_of_label(7) is None
+    assert registry.of_label(7) is None
     assert [task for task, _ in registry.gate_ref(MethodConfig()).autoencoders] == [0, 1]
     assert [set(table["task"].to_pylist()) for table in registry.tables()] == [{0, 1}, {1}]
 

@@ -57,7 +57,7 @@ def expert_of_child(strategy: ExpertGateStrategy, transfer: str, perturb: str | 
     shipper = strategy._open.engine.shipper
     data, _held = shipper.ship(task_data(experience, 4, 0, 0.1, None), "data")
     trainer, _ = shipper.ship(StrategyTrainer(pack(strategy, _DRIVER_ONLY), True, {}), "trainer")
-    task_input = TaskInput(4, 4, classes_of(experience), data, info_of(experience))
+    task_input = TaskInput(4, 4, classes_of(experience), data, info_of(experience), (4,))
     choice = TransferChoice(0, transfer)  # type: ignore[arg-type]
     done = worker_of(strategy).run(ExpertRequest(task_input, choice, ExpertRef(artifact, parent.classes), trainer))
     assert isinstance(done, Done), done.message if isinstance(done, Raised) else done
@@ -122,7 +122,7 @@ def test_features_that_are_gone_are_extracted_again(trained: ExpertGateStrategy)
     context = worker_of(trained)._context
     experience = tiny_benchmark(DOMAINS).train_stream[0]
     shipped, _held = trained._open.engine.shipper.ship(task_data(experience, 0, 0, 0.1, None), "data")
-    task_input = TaskInput(0, 0, classes_of(experience), shipped, info_of(experience))
+    task_input = TaskInput(0, 0, classes_of(experience), shipped, info_of(experience), (0,))
     assert isinstance(worker_of(trained).run(FeaturesRequest(task_input, False)), Done)
     first = context.scratch_file(0, "train").read_bytes()
     context.drop_features(0, "train")
@@ -136,7 +136,7 @@ def test_a_stage_that_raises_becomes_a_value(trained: ExpertGateStrategy) -> Non
     assert trained._open is not None
     experience = tiny_benchmark(DOMAINS).train_stream[0]
     shipped, _held = trained._open.engine.shipper.ship(task_data(experience, 9, 0, 0.1, None), "data")
-    task_input = TaskInput(9, 9, (5, 6), shipped, info_of(experience))
+    task_input = TaskInput(9, 9, (5, 6), shipped, info_of(experience), (9,))
     raised = worker_of(trained).run(FeaturesRequest(task_input, False))
     assert isinstance(raised, Raised)
     assert "hold the class 0" in raised.message

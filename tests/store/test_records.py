@@ -46,8 +46,8 @@ RELATEDNESS = [
     RelatednessRecord(3, TransferChoice(1, "finetune"), math.ulp(0.0), math.nextafter(1, 2), (row(3, 1),)),
 ]
 MANIFESTS = [
-    TaskManifest(0, 7, (0, 1), None, "fresh", None, artifact("a"), artifact("r"), artifact("e")),
-    TaskManifest(3, -2, (9,), 0, "lwf", 1 / 3, artifact("a"), artifact("r"), artifact("e")),
+    TaskManifest(0, 7, (0,), (0, 1), None, "fresh", None, artifact("a"), artifact("r"), artifact("e")),
+    TaskManifest(3, -2, (1, 3), (9,), 0, "lwf", 1 / 3, artifact("a"), artifact("r"), artifact("e")),
 ]
 
 

@@ -27,7 +27,7 @@ def manifest(task: int, parent: int | None) -> TaskManifest:
     autoencoder, relatedness, expert = (Artifact(f"{n}{task}", f"sha-{n}{task}", 1) for n in "are")
     transfer = "fresh" if parent is None else "lwf"
     classes = tuple(range(task + 1))
-    return TaskManifest(task, 10 * task, classes, parent, transfer, None, autoencoder, relatedness, expert)
+    return TaskManifest(task, 10 * task, (task,), classes, parent, transfer, None, autoencoder, relatedness, expert)
 
 
 def related(task: int, candidates: list[int | None], chosen: int | None) -> RelatednessRecord:
@@ -72,10 +72,10 @@ def test_who_did_it_and_for_how_long_shows_in_two_columns_only() -> None:
 
 def test_relatedness_has_one_row_a_task_and_candidate_with_null_for_the_root() -> None:
     records = [related(2, [None, 0, 1], 1), related(1, [None, 0], None), related(0, [], None)]
-    table = relatedness_table(records, {0: 5, 1: -1, 2: 7})
+    table = relatedness_table(records, [manifest(0, None), manifest(1, 0), manifest(2, 0)])
     assert table.schema.equals(RELATEDNESS_SCHEMA)
     assert table["task"].to_pylist() == [1, 1, 2, 2, 2]
-    assert table["label"].to_pylist() == [-1, -1, 7, 7, 7]
+    assert table["label"].to_pylist() == [10, 10, 20, 20, 20]
     assert table["candidate"].to_pylist() == [None, 0, None, 0, 1]
     assert table["chosen"].to_pylist() == [True, False, False, False, True]
     assert table["transfer"].to_pylist() == ["finetune", None, None, None, "finetune"]
@@ -89,14 +89,14 @@ def test_every_field_of_a_relatedness_row_is_a_column() -> None:
 
 def test_tables_of_an_empty_run_have_their_columns() -> None:
     assert registry_table([], {}).schema.equals(REGISTRY_SCHEMA)
-    assert relatedness_table([], {}).schema.equals(RELATEDNESS_SCHEMA)
+    assert relatedness_table([], []).schema.equals(RELATEDNESS_SCHEMA)
 
 
 @pytest.mark.parametrize("tasks", [0, 3])
 def test_exports_read_back_equal(tmp_path: Path, tasks: int) -> None:
     registry = registry_table([manifest(task, task - 1 if task else None) for task in range(tasks)], TIMINGS)
     records = [related(task, [None, *range(task)], None) for task in range(tasks)]
-    relatedness = relatedness_table(records, {task: task for task in range(tasks)})
+    relatedness = relatedness_table(records, [manifest(task, None) for task in range(tasks)])
     export_tables(Storage(str(tmp_path)), registry, relatedness)
     for path, table in ((layout.REGISTRY_TABLE, registry), (layout.RELATEDNESS_TABLE, relatedness)):
         found: pa.Table = pq.read_table(tmp_path / path)
@@ -106,7 +106,7 @@ def test_exports_read_back_equal(tmp_path: Path, tasks: int) -> None:
 
 def test_an_export_replaces_the_one_before(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    empty = relatedness_table([], {})
+    empty = relatedness_table([], [])
     for tasks in (3, 1):
         export_tables(storage, registry_table([manifest(task, None) for task in range(tasks)], {}), empty)
     assert len(pq.read_table(tmp_path / layout.REGISTRY_TABLE)) == 1

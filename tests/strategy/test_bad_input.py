@@ -90,12 +90,12 @@ def test_a_bad_experience_in_a_list_is_found_before_any_work() -> None:
         assert strategy.run_dir is None
 
 
-def test_a_label_that_was_trained_already() -> None:
+def test_a_label_that_was_trained_already_where_that_is_refused() -> None:
     stream = tiny_benchmark((0, 1)).train_stream
-    with tiny_strategy() as strategy:
+    with tiny_strategy(on_repeat="error") as strategy:
         strategy.train(stream)
         before = hashes(strategy)
-        with pytest.raises(InputError, match="Label 1 was trained already, as task 1"):
+        with pytest.raises(InputError, match="Label 1 was trained already, as task 1, and on_repeat='error'"):
             strategy.train(stream[1])
         assert hashes(strategy) == before
 

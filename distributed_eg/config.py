@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,7 @@ class ClusterConfig:
     that lives as long as the model."""
     scratch: str | None = None
     """Folder on each node for features while they are needed. None: the node's temporary folder."""
-    max_resident_experts: int = 8
+    max_resident_experts: int = 4
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
     """How long to wait for workers that the cluster can hold but has no room for yet."""
@@ -100,5 +101,9 @@ class MethodConfig:
             raise InputError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise InputError(f"confidence_threshold is {self.confidence_threshold}; it must lie in (0, 1], or be None.")
-        if self.distillation_weight < 0:
+        if not self.distillation_weight >= 0:
             raise InputError(f"distillation_weight is {self.distillation_weight}; it must not be negative.")
+        if math.isnan(self.rel_thresh):
+            raise InputError("rel_thresh is nan; it must be a number, such as the paper's 0.85.")
+        if self.feature_batch_size < 1:
+            raise InputError(f"feature_batch_size is {self.feature_batch_size}; it must be at least 1.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import urllib.error
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,8 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distributed_eg.errors import BackboneError
+from distributed_eg.method.expert import find_head
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
+# What networks say to images that they cannot take: torch's own errors, and the checks of vision transformers.
+_SHAPE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError)
+_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
+"""Parameters of GoogLeNet's and Inception's auxiliary heads, which are never used here."""
 
 
 def build_network(
@@ -32,20 +39,23 @@ def build_network(
     Raises:
         BackboneError: the name is unknown, or the weights cannot be had or do not fit.
     """
+    path = weights if weights is not None and _is_path(weights) else None
+    if arch == EFFICIENTNET_LITE0 and weights is not None and path is None:
+        raise BackboneError(f"weights={weights!r} is no file, and {arch} has no weights by name; leave weights out.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == EFFICIENTNET_LITE0:
             network = _efficientnet_lite0(image_size, pretrained=pretrained and weights is None)
         else:
-            network = _torchvision_network(arch, pretrained=pretrained, weights=weights)
-    if weights is not None and _is_path(weights):
-        _load_weights(network, arch, weights)
+            network = _torchvision_network(arch, pretrained=pretrained, weights=None if path else weights, path=path)
     # Inception's and GoogLeNet's auxiliary heads answer in training mode only, with a tuple.
     if getattr(network, "aux_logits", False):
         setattr(network, "aux_logits", False)  # noqa: B010 - no attribute of nn.Module to the type checker
         for name in ("AuxLogits", "aux1", "aux2"):
             if hasattr(network, name):
                 setattr(network, name, None)
+    if path is not None:
+        _load_weights(network, arch, path)
     return network.eval()
 
 
@@ -76,6 +86,12 @@ class Backbone(nn.Module):
         self.layer = layer
         self.shape = shape
         self.feature_shape = tuple(_probe(self, shape).shape[1:])
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As in torch, but the network stays in eval mode: features must not depend on the batch."""
+        super().train(mode)
+        self.network.eval()
+        return self
 
     @property
     def num_features(self) -> int:
@@ -110,11 +126,14 @@ class _FeaturesReached(Exception):
 
 
 def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
-    """Name of the last top-level layer, before any pooling, whose output still has positions (n, c, …)."""
+    """Name of the last layer below the top, before any pooling and before the head, whose output still has positions
+    (n, c, …)."""
     found: list[str] = []
     handles = []
-    for name, child in network.named_children():
-        if "Pool" in type(child).__name__ or len(dict(child.named_parameters())) == 0:
+    head = find_head(network)
+    for name, child in _layers(network):
+        with_head = head == name or head.startswith(name + ".")
+        if with_head or "Pool" in type(child).__name__ or len(dict(child.named_parameters())) == 0:
             continue
 
         def note(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
@@ -123,9 +142,9 @@ def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
 
         handles.append(child.register_forward_hook(note))
     try:
-        with torch.no_grad():
-            network(torch.zeros(1, *shape))
-    except RuntimeError as error:
+        with _evaluating(network), torch.no_grad():
+            network(torch.zeros(1, *shape, device=_device(network)))
+    except _SHAPE_ERRORS as error:
         raise _cannot_take(network, shape, error) from error
     finally:
         for handle in handles:
@@ -137,35 +156,58 @@ def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
     return found[-1]
 
 
-def _probe(backbone: Backbone, shape: tuple[int, int, int]) -> Tensor:
-    parameter = next(backbone.network.parameters(), torch.zeros(0))
-    was_training = backbone.network.training
-    backbone.network.eval()
+def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Top-level layers; those of a list, which has no forward pass of its own, in its place."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{inner}", layer) for inner, layer in child.named_children())
+        else:
+            yield name, child
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module has the mode that it had."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
     try:
-        with torch.no_grad():
-            output = backbone._activations(torch.zeros(1, *shape, device=parameter.device))
-    except RuntimeError as error:
-        raise _cannot_take(backbone.network, shape, error) from error
+        yield
     finally:
-        backbone.network.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters(), torch.zeros(0)).device
+
+
+def _probe(backbone: Backbone, shape: tuple[int, int, int]) -> Tensor:
+    try:
+        with _evaluating(backbone.network), torch.no_grad():
+            output = backbone._activations(torch.zeros(1, *shape, device=_device(backbone.network)))
+    except _SHAPE_ERRORS as error:
+        raise _cannot_take(backbone.network, shape, error) from error
     if not isinstance(output, Tensor) or output.numel() == 0:
         raise BackboneError(f"The layer {backbone.layer!r} gives no features for images of shape {shape}.")
     return output
 
 
-def _cannot_take(network: nn.Module, shape: tuple[int, int, int], error: RuntimeError) -> BackboneError:
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+def _cannot_take(network: nn.Module, shape: tuple[int, int, int], error: Exception) -> BackboneError:
     return BackboneError(
-        f"The backbone {type(network).__name__} cannot take images of shape {shape}: {first_line} "
-        "Give shape= as (channels, height, width) of the images after their transforms."
+        f"The backbone {type(network).__name__} cannot take images of shape {shape} ({_first_line(error)}); "
+        "give shape= as (channels, height, width) of the images after their transforms."
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _is_path(weights: str) -> bool:
     return "/" in weights or weights.endswith((".pt", ".pth", ".safetensors")) or Path(weights).exists()
 
 
-def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
+def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None, path: str | None) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
         close = [name for name in names if name[:4] == arch[:4]] or names[:5]
@@ -175,21 +217,22 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) ->
         )
     members = torchvision.models.get_model_weights(arch)
     member = None
-    if weights is not None and not _is_path(weights):
+    if weights is not None:
         by_name = {item.name: item for item in members}
+        by_name["DEFAULT"] = members.DEFAULT
         if weights.split(".")[-1] not in by_name:
             raise BackboneError(
                 f"weights={weights!r} is neither a file nor a weights name of {arch} ({', '.join(by_name)})."
             )
         member = by_name[weights.split(".")[-1]]
-    elif weights is None and pretrained:
+    elif path is None and pretrained:
         member = members.DEFAULT
     try:
         network: nn.Module = torchvision.models.get_model(arch, weights=member)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise BackboneError(
             f"The pretrained weights {member} of {arch} are neither in torchvision's cache nor to be downloaded "
-            f"({error}); give weights= the path of a state dict, or pretrained_flag=False for random weights."
+            f"({_first_line(error)}); give weights= the path of a state dict, or pretrained_flag=False for random ones."
         ) from error
     return network
 
@@ -215,8 +258,12 @@ def _load_weights(network: nn.Module, arch: str, path: str) -> None:
     state: Mapping[str, Tensor]
     try:
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, weights_only=True)
-    except Exception as error:  # torch, pickle and safetensors each have their own tree
-        raise BackboneError(f"weights={path!r} holds no state dict that can be read safely: {error}") from error
+    except Exception as error:  # torch, pickle and safetensors each have their own tree, and torch's text is long
+        kind = type(error).__name__
+        raise BackboneError(f"weights={path!r} holds no state dict that can be read safely ({kind}).") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BackboneError(f"weights={path!r} holds {type(state).__name__}, not a state dict of tensors.")
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
     expected = network.state_dict()
     # Counters of old checkpoints may be missing; a tensor of another shape or name may not.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]

@@ -97,7 +97,8 @@ def freeze_norm(network: nn.Module) -> None:
 def scatter_logits(logits: Tensor, classes: Sequence[int], width: int) -> Tensor:
     """Logits (n, len(classes)) placed at their dataset class ids in (n, width), with −inf elsewhere.
 
-    Cross-entropy of the result with dataset class ids, and its gradient, equal those of local logits bit for bit.
+    Cross-entropy of the result with dataset class ids, and its gradient, are those of local logits up to the rounding
+    of a sum in another order.
     """
     columns = torch.as_tensor(classes, device=logits.device)
     return logits.new_full((len(logits), width), -torch.inf).index_copy(1, columns, logits)

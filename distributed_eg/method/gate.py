@@ -39,6 +39,10 @@ class Gate:
     temp: float
     confidence_threshold: float | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the stack, which is made again from the autoencoders."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stack"}
+
     @cached_property
     def _stack(self) -> AutoencoderStack:
         return stack_autoencoders(self.autoencoders)

@@ -116,8 +116,9 @@ def _centre(features: _Rows) -> tuple[Tensor, float]:
     sums = [(block.double().sum(0), block.double().square().sum()) for block in features.blocks(_BLOCK_ROWS)]
     mean = torch.stack([total for total, _ in sums]).sum(0) / len(features)
     squares = float(torch.stack([square for _, square in sums]).sum()) / len(features)
-    # Identical samples have no length to divide by.
-    return mean.float(), math.sqrt(max(squares - float(mean.square().sum()), 0.0)) or 1.0
+    spread = squares - float(mean.square().sum())
+    # Identical samples have no length to divide by, but for rounding.
+    return mean.float(), math.sqrt(spread) if spread > 1e-10 * squares else 1.0
 
 
 def _initial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.reading import ExpertReader
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.sealing import Storage
+from distributed_eg.store.weights import load_tensors
 from distributed_eg.types import TaskId
 
 
@@ -38,7 +40,7 @@ class WorkerContext:
         self.storage = Storage(setup.storage_uri)
         self.root = setup.root.load(fetch).eval()
         self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
-        self.reader = ExpertReader(self.storage, self.root, setup.max_resident_experts, device)
+        self.reader = ExpertReader(partial(load_tensors, self.storage), self.root, setup.max_resident_experts, device)
         self.scratch = Path(setup.scratch or tempfile.gettempdir()) / f"distributed-eg-{setup.session}"
 
     def batches(self, dataset: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

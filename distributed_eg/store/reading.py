@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +42,21 @@ class GateRef:
     confidence_threshold: float | None
 
 
+LoadTensors = Callable[[Artifact], dict[str, Tensor]]
+
+
 class ExpertReader:
     """Reads experts and gates of a run; the least recently used expert goes first.
 
     Args:
-        storage: the run directory.
+        load: gives the tensors behind an artifact: from a run directory, or from memory.
         root: the network that experts are copies of; never changed.
         capacity: experts in memory at a time.
         device: where they are put.
     """
 
-    def __init__(self, storage: Storage, root: nn.Module, capacity: int, device: torch.device | str) -> None:
-        self._storage = storage
+    def __init__(self, load: LoadTensors, root: nn.Module, capacity: int, device: torch.device | str) -> None:
+        self.load = load
         self._root = root
         self._capacity = capacity
         self._device = torch.device(device)
@@ -75,7 +78,7 @@ class ExpertReader:
             self._experts.popitem(last=False)
         network = with_head_size(self._root, len(ref.classes))
         try:
-            network.load_state_dict(load_tensors(self._storage, ref.artifact))
+            network.load_state_dict(self.load(ref.artifact))
         except RuntimeError as error:
             raise StorageError(f"The expert {ref.artifact.path!r} does not fit this run's backbone: {error}") from error
         expert = Expert(network.to(self._device).eval().requires_grad_(False), ref.classes)
@@ -85,7 +88,7 @@ class ExpertReader:
     def autoencoder(self, kind: AutoencoderKind, artifact: Artifact) -> Autoencoder:
         """A sealed autoencoder; all of them stay in memory, as the gate asks every one for every sample."""
         if artifact.sha256 not in self._autoencoders:
-            loaded = autoencoder_from_tensors(kind, load_tensors(self._storage, artifact))
+            loaded = autoencoder_from_tensors(kind, self.load(artifact))
             self._autoencoders[artifact.sha256] = loaded.to(self._device)
         return self._autoencoders[artifact.sha256]
 
@@ -93,7 +96,7 @@ class ExpertReader:
         """The run's standardization statistics."""
         key = record.artifact.sha256
         if key not in self._statistics:
-            tensors = load_tensors(self._storage, record.artifact)
+            tensors = self.load(record.artifact)
             mean, std = tensors["mean"].to(self._device), tensors["std"].to(self._device)
             self._statistics[key] = Statistics(mean, std, record.num_samples)
         return self._statistics[key]

@@ -21,8 +21,14 @@ def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -
     Raises:
         StorageError: the run directory cannot be written.
     """
-    # Tensors that share memory are refused by safetensors: each is stored as a copy of its own.
-    data = save({name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)})
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        # Tensors that share memory are refused by safetensors: only the first is stored without a copy of its own.
+        own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    data = save(own)
     return storage.write(f"{prefix}-{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}.safetensors", data)
 
 

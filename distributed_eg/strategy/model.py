@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +11,14 @@ from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import BackboneError, InputError
 from distributed_eg.method.backbone import Backbone, build_network, last_feature_layer
 from distributed_eg.method.expert import find_head, freeze_norm, scatter_logits
-from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, Gate, Routing, combine_experts
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, Routing, combine_experts
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.store.reading import ExpertReader, ExpertRef
-from distributed_eg.types import AutoencoderKind, TaskId
+from distributed_eg.strategy.trained import TrainedRun, from_tensors, take_tensors
+from distributed_eg.types import AutoencoderKind
 
 _DEFAULT_LAYER = "features"
-
-
-@dataclass(frozen=True)
-class _TrainedRun:
-    gate: Gate
-    experts: Mapping[TaskId, ExpertRef]
-    reader: ExpertReader
-    threads: int
+_IN_MEMORY = 4
+"""Experts built at a time where a model holds all of their tensors anyway."""
 
 
 class ExpertGate(nn.Module):
@@ -71,6 +64,7 @@ class ExpertGate(nn.Module):
             raise BackboneError(f"shape is {tuple(shape)}; it must be (channels, height, width) of one image.")
         self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
         self.arch = arch if isinstance(arch, str) else type(arch).__name__
+        self.custom = not isinstance(arch, str)
         self.pretrained_flag = pretrained_flag
         self.weights = weights
         self.autoencoder: AutoencoderKind = autoencoder
@@ -89,7 +83,7 @@ class ExpertGate(nn.Module):
         self.feature_shape = Backbone(root, output_layer_name, self.shape).feature_shape
         find_head(root)
         self.expert = root.to(self.device)
-        self._run: _TrainedRun | None = None
+        self._run: TrainedRun | None = None
 
     def train(self, mode: bool = True) -> ExpertGate:
         """As in torch, but the root network stays in eval mode: it is a template, and the backbone."""
@@ -97,9 +91,33 @@ class ExpertGate(nn.Module):
         self.expert.eval()
         return self
 
-    def attach(self, gate: Gate, experts: Mapping[TaskId, ExpertRef], reader: ExpertReader, threads: int) -> None:
+    @staticmethod
+    def load(
+        run_uri: str,
+        device: torch.device | str | None = None,
+        *,
+        arch: str | nn.Module | None = None,
+        max_resident_experts: int = 4,
+    ) -> ExpertGate:
+        """Open a finished run; its experts are read on demand.
+
+        Args:
+            run_uri: the run directory, a path or any pyarrow.fs URI.
+            device: where the model computes.
+            arch: the network, where the run's was a module of your own.
+            max_resident_experts: experts in memory at a time.
+
+        Raises:
+            StorageError: there is no such run, or a file of it is damaged.
+            BackboneError: the run's network was a module of your own and ``arch`` is missing, or does not fit.
+        """
+        from distributed_eg.strategy.loading import load_model  # it needs this class
+
+        return load_model(run_uri, device, arch, max_resident_experts)
+
+    def attach(self, run: TrainedRun) -> None:
         """Take the gate over all tasks trained so far, and where their experts are read from on demand."""
-        self._run = _TrainedRun(gate, dict(experts), reader, threads)
+        self._run = run
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate and predict.
@@ -115,10 +133,9 @@ class ExpertGate(nn.Module):
         if self.training or self._run is None:
             return self.expert(images)
         run = self._run
-        width = 1 + max(max(ref.classes) for ref in run.experts.values())
         with torch.no_grad(), reproducible(0, run.threads):
             weights = run.gate.answering(self._route(run, images))
-            return combine_experts(images, weights, lambda task: run.reader.expert(run.experts[task]), width)
+            return combine_experts(images, weights, lambda task: run.reader.expert(run.experts[task]), run.width)
 
     def gate(self, x: Tensor) -> Routing:
         """Route images (n, channels, height, width): (tasks, confidences, errors), one row a sample.
@@ -131,15 +148,38 @@ class ExpertGate(nn.Module):
         with torch.no_grad(), reproducible(0, self._run.threads):
             return self._route(self._run, x.to(self.device))
 
-    def _route(self, run: _TrainedRun, images: Tensor) -> Routing:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The root network's tensors, and after training the gate's and every expert's."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._run is not None:
+            destination |= {prefix + name: value for name, value in self._run.tensors(self.autoencoder).items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        tensors = take_tensors(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device) if tensors else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the run becomes tensors, experts included."""
+        run = self._run
+        return {**self.__dict__, "_run": None if run is None else run.tensors(self.autoencoder)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        stored = state["_run"]
+        super().__setstate__({**state, "_run": None})
+        if stored is not None:
+            tensors = take_tensors(dict(stored), "")
+            self._run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device)
+
+    def _route(self, run: TrainedRun, images: Tensor) -> Routing:
         return run.gate.route(Backbone(self.expert, self.output_layer_name, self.shape)(images))
 
 
 class SingleExpert(nn.Module):
     """The expert in training, as a strategy's hooks see it on a worker: ``strategy.model.expert``.
 
-    Its outputs stand for dataset class ids: in training mode logits with −inf at other tasks' classes (the loss and
-    its gradient equal those of local logits bit for bit), in eval mode finite log-probabilities.
+    Its outputs stand for dataset class ids: in training mode logits with −inf at other tasks' classes (cross-entropy
+    and its gradient are those of local logits), in eval mode finite log-probabilities.
     """
 
     def __init__(self, expert: nn.Module, classes: tuple[int, ...], width: int, *, freeze_norm: bool) -> None:

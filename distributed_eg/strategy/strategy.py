@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,12 +34,14 @@ from distributed_eg.runtime.session import Observer
 from distributed_eg.store.reading import ExpertReader, Reference
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
+from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.evaluation import Answers, plan, right_tasks
 from distributed_eg.strategy.experiences import classes_of, info_of, label_of, task_data
 from distributed_eg.strategy.metrics import RoutedBatch, gate_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
 from distributed_eg.strategy.reporting import GateReporter
+from distributed_eg.strategy.trained import TrainedRun
 from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
 from distributed_eg.strategy.travelling import pack
 from distributed_eg.types import OnRepeat, TaskId
@@ -369,7 +372,12 @@ class ExpertGateStrategy(SupervisedTemplate):
             self.cluster,
             self.method,
             root=model.expert,
-            backbone={"arch": model.arch, "weights": model.weights, "pretrained": model.pretrained_flag},
+            backbone={
+                "arch": model.arch,
+                "custom": model.custom,
+                "weights": model.weights,
+                "pretrained": model.pretrained_flag,
+            },
             feature_layer=model.output_layer_name,
             shape=model.shape,
             device=None if cuda and self.cluster.engine == "ray" else self._asked_device,
@@ -472,8 +480,11 @@ class ExpertGateStrategy(SupervisedTemplate):
         if not registry.manifests:
             return
         model: ExpertGate = self.model
-        reader = ExpertReader(run.storage, model.expert, self.cluster.max_resident_experts, model.device)
-        model.attach(reader.gate(registry.gate_ref(self.method)), registry.expert_refs(), reader, run.threads)
+        load = partial(load_tensors, run.storage)
+        reader = ExpertReader(load, model.expert, self.cluster.max_resident_experts, model.device)
+        model.attach(
+            TrainedRun(reader.gate(registry.gate_ref(self.method)), registry.expert_refs(), reader, run.threads)
+        )
 
 
 def _flat(streams: Sequence[CLExperience | Iterable[CLExperience]]) -> Iterator[CLExperience]:

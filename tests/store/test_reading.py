@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -18,11 +19,10 @@ from distributed_eg.method.gate import make_gate
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.method.standardize import Statistics
-from distributed_eg.store import reading
 from distributed_eg.store.reading import ExpertReader, ExpertRef, GateRef, Reference, save_statistics
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.sealing import Storage
-from distributed_eg.store.weights import save_tensors
+from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import AutoencoderKind
 
 WIDTH = 6
@@ -65,7 +65,7 @@ def seal_expert(storage: Storage, task: int, classes: Sequence[int]) -> tuple[Ex
 
 def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
     """How many files are read to get the experts at ``refs``."""
-    with mock.patch.object(reading, "load_tensors", wraps=reading.load_tensors) as loads:
+    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
         for ref in refs:
             reader.expert(ref)
     return loads.call_count
@@ -74,7 +74,7 @@ def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
 def test_an_expert_answers_as_the_one_that_was_sealed(storage: Storage) -> None:
     """Other head sizes than the root's, in eval mode, bit for bit."""
     images = torch.randn(5, WIDTH)
-    reader = ExpertReader(storage, network(), 2, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 2, "cpu")
     for task, classes in enumerate([(3, 8), (0, 1, 2, 4, 5, 6, 7), (9,)]):
         ref, sealed = seal_expert(storage, task, classes)
         read = reader.expert(ref)
@@ -89,7 +89,7 @@ def test_reading_leaves_the_root_and_the_generator_alone(storage: Storage) -> No
     before = {name: tensor.clone() for name, tensor in root.state_dict().items()}
     ref, _ = seal_expert(storage, 0, (0, 1))
     state = torch.get_rng_state()
-    ExpertReader(storage, root, 1, "cpu").expert(ref)
+    ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ref)
     assert torch.equal(torch.get_rng_state(), state)
     assert root.training
     assert all(parameter.requires_grad for parameter in root.parameters())
@@ -99,7 +99,7 @@ def test_reading_leaves_the_root_and_the_generator_alone(storage: Storage) -> No
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_at_most_capacity_experts_stay_in_memory(storage: Storage, capacity: int) -> None:
     refs = [seal_expert(storage, task, (0, 1))[0] for task in range(4)]
-    reader = ExpertReader(storage, network(), capacity, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), capacity, "cpu")
     assert count_loads(reader, refs) == 4
     assert count_loads(reader, refs[-capacity:]) == 0, "the newest are there"
     assert count_loads(reader, refs[: 4 - capacity]) == 4 - capacity, "the others are read again"
@@ -107,7 +107,7 @@ def test_at_most_capacity_experts_stay_in_memory(storage: Storage, capacity: int
 
 def test_the_least_recently_used_expert_goes_first(storage: Storage) -> None:
     a, b, c, d = (seal_expert(storage, task, (0, 1))[0] for task in range(4))
-    reader = ExpertReader(storage, network(), 3, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 3, "cpu")
     assert count_loads(reader, [a, b, c, a, d]) == 4
     assert count_loads(reader, [a, c, d]) == 0, "a was used after b"
     assert count_loads(reader, [b]) == 1
@@ -117,7 +117,7 @@ def test_the_least_recently_used_expert_goes_first(storage: Storage) -> None:
 
 def test_an_expert_that_was_evicted_comes_back_the_same(storage: Storage) -> None:
     a, b = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
-    reader = ExpertReader(storage, network(), 1, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
     images = torch.randn(3, WIDTH)
     first = reader.expert(a).network(images)
     reader.expert(b)
@@ -128,7 +128,7 @@ def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> 
     """Two tasks may end with the same bytes; what their outputs stand for is still each task's own."""
     ref, _ = seal_expert(storage, 0, (0, 1))
     twin = ExpertRef(ref.artifact, (6, 7))
-    reader = ExpertReader(storage, network(), 2, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 2, "cpu")
     assert reader.expert(ref).classes == (0, 1)
     assert reader.expert(twin).classes == (6, 7)
 
@@ -141,14 +141,14 @@ def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> 
 def test_an_expert_of_another_architecture_is_named(storage: Storage, root: nn.Module, classes: tuple[int]) -> None:
     ref, _ = seal_expert(storage, 0, (0, 1))
     with pytest.raises(StorageError, match="does not fit this run's backbone") as caught:
-        ExpertReader(storage, root, 1, "cpu").expert(ExpertRef(ref.artifact, classes))
+        ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ExpertRef(ref.artifact, classes))
     assert ref.artifact.path in str(caught.value)
 
 
 def test_a_damaged_expert_is_named_and_the_reader_goes_on(storage: Storage, tmp_path: Path) -> None:
     good, bad = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
     (tmp_path / "run" / bad.artifact.path).write_bytes(b"")
-    reader = ExpertReader(storage, network(), 1, "cpu")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
     with pytest.raises(StorageError, match="damaged") as caught:
         reader.expert(bad)
     assert bad.artifact.path in str(caught.value)
@@ -165,7 +165,7 @@ def test_the_gate_is_the_one_that_was_built_by_hand(
     refs = tuple((task, save_tensors(storage, f"tasks/{task}/a", a.tensors())) for task, a in made.items())
     record = StatisticsRecord(save_statistics(storage, statistics()), 77)
     ref = GateRef(kind, record, refs, 0.7, threshold)
-    read = ExpertReader(Storage(storage.uri), network(), 1, "cpu").gate(ref)
+    read = ExpertReader(partial(load_tensors, Storage(storage.uri)), network(), 1, "cpu").gate(ref)
     by_hand = make_gate(made, statistics(), 0.7, threshold)
     assert read.tasks == by_hand.tasks == (0, 3, 7)
     features = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -180,8 +180,8 @@ def test_the_gate_is_the_one_that_was_built_by_hand(
 def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
     artifact = save_tensors(storage, "tasks/0/a", autoencoder("linear", 0).tensors())
     ref = GateRef("linear", StatisticsRecord(save_statistics(storage, statistics()), 77), ((0, artifact),), 2.0, None)
-    reader = ExpertReader(storage, network(), 1, "cpu")
-    with mock.patch.object(reading, "load_tensors", wraps=reading.load_tensors) as loads:
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
+    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
         reader.gate(ref)
         reader.gate(ref)
     assert loads.call_count == 2

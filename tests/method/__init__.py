@@ -1,0 +1,1 @@
+"""Tests of the method alone: torch and torchvision, no Ray, no Avalanche."""

@@ -6,6 +6,7 @@ ExpertGateError
 ├── StorageError (OSError)         the run directory cannot be written or read, or its content is damaged
 ├── ResourceError (RuntimeError)   the cluster cannot provide what was asked for
 ├── WorkerLostError (RuntimeError) a worker process or its node went away
+├── HookError (RuntimeError)       a plugin, a metric or a method of the user's own raised on a worker
 ├── DivergedError (ArithmeticError) the loss of a task's training is not finite
 └── TaskFailedError (RuntimeError) one or more tasks could not be trained; the others are committed
 
@@ -35,6 +36,10 @@ class ResourceError(ExpertGateError, RuntimeError):
 
 class WorkerLostError(ExpertGateError, RuntimeError):
     """A worker process, or the node that it ran on, went away."""
+
+
+class HookError(ExpertGateError, RuntimeError):
+    """A plugin, a metric or an overridden method raised while an expert trained; it carries the worker's traceback."""
 
 
 class DivergedError(ExpertGateError, ArithmeticError):

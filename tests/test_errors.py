@@ -18,6 +18,7 @@ TREE: dict[str, tuple[type[BaseException], ...]] = {
     "StorageError": (ExpertGateError, OSError),
     "ResourceError": (ExpertGateError, RuntimeError),
     "WorkerLostError": (ExpertGateError, RuntimeError),
+    "HookError": (ExpertGateError, RuntimeError),
     "DivergedError": (ExpertGateError, ArithmeticError),
     "TaskFailedError": (ExpertGateError, RuntimeError),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
+from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import EvaluateRequest, EvaluateResult
 from distributed_eg.runtime.shipping import Shipped
@@ -35,7 +36,32 @@ def right_tasks(experience: CLExperience, registry: Registry) -> list[int]:
     return [tasks[label] for label in of_sample]
 
 
-def plan(
+def ask_workers(
+    run: OpenRun, asked: Sequence[tuple[CLExperience, Any]], batch_size: int, method: MethodConfig
+) -> list[Answers]:
+    """Have the workers route and predict every sample of ``asked``: experiences with the datasets to read."""
+    registry = run.session.registry
+    shards = max(1, -(-max(1, len(run.engine.workers())) // max(1, len(asked))))
+    highest = max(max(manifest.classes) for manifest in registry.newest.values())
+    requests: list[EvaluateRequest] = []
+    counts, rights, held = [], [], []
+    for experience, dataset in asked:
+        right = right_tasks(experience, registry)
+        shipped, leaves = run.engine.shipper.ship(dataset, "the evaluation dataset")
+        mine = _plan(shipped, right, batch_size, shards, registry, method)
+        requests += mine
+        counts.append(len(mine))
+        rights.append(right)
+        held.append(leaves)
+        highest = max(highest, *(int(c) for c in experience.dataset.targets.uniques))
+    results = iter(run.session.evaluate(requests))
+    return [
+        Answers([next(results) for _ in range(count)], right, highest + 1)
+        for count, right in zip(counts, rights, strict=True)
+    ]
+
+
+def _plan(
     shipped: Shipped, right: Sequence[int], batch_size: int, num_shards: int, registry: Registry, method: MethodConfig
 ) -> list[EvaluateRequest]:
     """Requests for one experience: at most ``num_shards`` runs of whole batches, so that the batches, hence the

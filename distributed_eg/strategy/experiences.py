@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,16 +59,42 @@ def label_of(experience: CLExperience) -> int:
     return labels[0]
 
 
-def classes_of(experience: CLExperience) -> tuple[int, ...]:
-    """The dataset class ids that the experience declares, ascending.
+@dataclass(frozen=True)
+class Part:
+    """What one task takes from an experience: all of it, or the samples of one of its labels."""
+
+    label: int
+    dataset: Any
+    classes: tuple[int, ...]
+    info: ExperienceInfo
+
+
+def parts_of(experience: CLExperience) -> list[Part]:
+    """The tasks in an experience: one, or one for each label where it carries several, in ascending order.
 
     Raises:
-        InputError: there are no samples, no targets, or a class id is negative.
+        InputError: there are no samples, no targets, or a class id that is negative or not declared.
     """
+    labels, info = task_labels_of(experience), info_of(experience)
+    dataset = experience.dataset
+    if labels is None or len(labels) < 2:
+        return [Part(label_of(experience), dataset, _classes(experience, dataset), info)]
+    positions = dataset.targets_task_labels.val_to_idx
+    parts = []
+    for label in labels:
+        mine = dataset.subset(list(positions[label]))
+        attributes = {**info.attributes, "task_label": label, "task_labels": [label]}
+        classes = tuple(sorted(int(target) for target in mine.targets.uniques))
+        _classes(experience, dataset)
+        parts.append(Part(label, mine, classes, replace(info, attributes=attributes)))
+    return parts
+
+
+def _classes(experience: CLExperience, dataset: Any) -> tuple[int, ...]:
     index = experience.current_experience
-    if len(experience.dataset) == 0:
+    if len(dataset) == 0:
         raise InputError(f"Experience {index} has no samples; leave it out of the stream.")
-    targets = getattr(experience.dataset, "targets", None)
+    targets = getattr(dataset, "targets", None)
     if targets is None:
         raise InputError(f"The dataset of experience {index} has no targets; wrap it by as_classification_dataset.")
     found = {int(target) for target in targets.uniques}
@@ -90,31 +116,56 @@ def info_of(experience: CLExperience) -> ExperienceInfo:
     return ExperienceInfo(int(experience.current_experience), experience.origin_stream.name, attributes)
 
 
+def validation_of(experience: CLExperience) -> Any:
+    """The dataset of the experience with the same index in the benchmark's "valid" stream, where there is one."""
+    stream = getattr(experience, "origin_stream", None)
+    benchmark = getattr(experience, "benchmark", None) or getattr(stream, "benchmark", None)
+    valid = getattr(benchmark, "streams", {}).get("valid")
+    return None if valid is None else validation_in(valid, experience)
+
+
+def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> Any:
+    """The dataset of the experience with the same index in ``stream``.
+
+    Raises:
+        InputError: there is none.
+    """
+    for other in stream:
+        if other.current_experience == experience.current_experience:
+            return other.dataset
+    raise InputError(f"The validation stream has no experience {experience.current_experience}.")
+
+
+def with_label(dataset: Any, label: int) -> Any:
+    """The samples of ``dataset`` with that task label; None where there is no dataset."""
+    return None if dataset is None else dataset.subset(list(dataset.targets_task_labels.val_to_idx[label]))
+
+
 def task_data(
-    experience: CLExperience,
+    part: Part,
     task: TaskId,
     seed: int,
     validation_fraction: float,
-    eval_experiences: Sequence[CLExperience] | None,
+    *,
+    valid: Any = None,
+    evaluations: Sequence[Part] | None = None,
 ) -> TaskData:
-    """The experience's dataset, split into a training and a validation part by the run's seed and the task.
+    """A task's dataset, with the validation part given, or split off by the run's seed and the task's number.
 
-    ``eval_experiences`` are what the expert is measured on while it trains; None stands for the validation part.
+    ``evaluations`` are what the expert is measured on while it trains; None stands for the validation part.
     """
-    dataset = experience.dataset
-    num_samples = len(dataset)
-    num_valid = min(max(1, round(validation_fraction * num_samples)), num_samples - 1)
-    generator = torch.Generator().manual_seed(derive_seed(seed, task, "validation split"))
-    order = torch.randperm(num_samples, generator=generator)
-    # A task of a single sample has nothing else to be measured on.
-    train = dataset.subset(sorted(order[num_valid:].tolist())) if num_valid else dataset
-    valid = dataset.subset(sorted(order[:num_valid].tolist())) if num_valid else dataset
-    evaluations: tuple[tuple[ExperienceInfo, Any], ...]
-    if eval_experiences is None:
-        evaluations = ((replace(info_of(experience), stream="valid"), valid),)
-    else:
-        evaluations = tuple((info_of(other), other.dataset) for other in eval_experiences)
-    return TaskData(gate_train=train.eval(), gate_valid=valid.eval(), train=train, evaluations=evaluations)
+    train = part.dataset
+    if valid is None:
+        num_samples = len(train)
+        num_valid = min(max(1, round(validation_fraction * num_samples)), num_samples - 1)
+        generator = torch.Generator().manual_seed(derive_seed(seed, task, "validation split"))
+        order = torch.randperm(num_samples, generator=generator)
+        # A task of a single sample has nothing else to be measured on.
+        valid = train.subset(sorted(order[:num_valid].tolist())) if num_valid else train
+        train = train.subset(sorted(order[num_valid:].tolist())) if num_valid else train
+    measured = [Part(part.label, valid, part.classes, replace(part.info, stream="valid"))]
+    kept = tuple((other.info, other.dataset) for other in (measured if evaluations is None else evaluations))
+    return TaskData(gate_train=train.eval(), gate_valid=valid.eval(), train=train, evaluations=kept)
 
 
 def rebuild(info: ExperienceInfo, dataset: Any) -> WorkerExperience:

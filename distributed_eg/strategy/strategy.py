@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,28 +25,23 @@ from torch.utils.data import Dataset
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.engine import Joined
-from distributed_eg.runtime.opening import OpenRun, open_run
-from distributed_eg.runtime.requests import TaskInput
+from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.session import Observer
-from distributed_eg.store.reading import ExpertReader, Reference
+from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
-from distributed_eg.store.weights import load_tensors
-from distributed_eg.strategy.evaluation import Answers, plan, right_tasks
-from distributed_eg.strategy.experiences import classes_of, info_of, label_of, task_data
+from distributed_eg.strategy.evaluation import Answers, ask_workers
+from distributed_eg.strategy.intake import Intake, Streams, check_experiences
+from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch, gate_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
 from distributed_eg.strategy.reporting import GateReporter
-from distributed_eg.strategy.trained import TrainedRun
 from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
 from distributed_eg.strategy.travelling import pack
-from distributed_eg.types import OnRepeat, TaskId
-
-logger = logging.getLogger(__name__)
+from distributed_eg.types import OnRepeat
 
 _DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "_open", "_finalizer", "_reporter"})
-_UNEQUAL = 3
 _SGD_ONLY = {"ae_train_mb_size": 1, "ae_train_epochs": 2, "ae_lr": 1e-3, "ae_optimizer": "sgd"}
 
 
@@ -231,15 +223,20 @@ class ExpertGateStrategy(SupervisedTemplate):
     def train(
         self,
         experiences: CLExperience | Iterable[CLExperience],
-        eval_streams: Sequence[CLExperience | Iterable[CLExperience]] | None = None,
+        eval_streams: Streams | None = None,
+        *,
+        valid_stream: Iterable[CLExperience] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Train the tasks of ``experiences``: one experience, a list, or a stream, in parallel where they allow it.
 
         Args:
-            experiences: what to learn; a generator's experiences are read one by one.
+            experiences: what to learn; a generator's experiences are read one by one. One with several task labels
+                brings a task for each.
             eval_streams: what an expert is measured on while it trains (``eval_every``); None: its task's validation
                 part.
+            valid_stream: holds each experience's validation part, by index; None: the benchmark's own "valid" stream
+                where an experience knows of one, else a part of the experience (``validation_fraction``).
             kwargs: loader arguments, as in Avalanche (``num_workers``, ``shuffle``, ``drop_last``, …).
 
         Returns:
@@ -252,24 +249,24 @@ class ExpertGateStrategy(SupervisedTemplate):
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
-            self._check(sized)
+            known = {} if self._open is None else self._open.session.registry.newest
+            check_experiences(sized, known, self.on_repeat)
         run = self._opened()
         trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
         shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
-        pending: dict[TaskId, tuple[CLExperience, object]] = {}
-        inputs = self._inputs(run, sized, eval_streams, pending)
+        intake = Intake(run, self.method, self.on_repeat, eval_streams, valid_stream)
         num_tasks = len(sized) if isinstance(sized, list) else None
 
         def on_commit(manifest: TaskManifest, log: Any) -> None:
-            self.experience = pending.pop(manifest.task)[0].logging()
+            self.experience = intake.release(manifest.task).logging()
             replay(self, self.evaluator, log)
 
         try:
-            run.session.train(inputs, num_tasks, shipped_trainer, on_commit)
+            run.session.train(intake.inputs(sized), num_tasks, shipped_trainer, on_commit)
         finally:
             self._train_cleanup()
-            self._attach_model(run)
-        self._warn_of_unequal_tasks(run)
+            attach_model(self.model, run, self.method, self.cluster.max_resident_experts)
+        warn_of_unequal_tasks(run.session.registry)
         return self.evaluator.get_last_metrics()
 
     def train_expert(
@@ -326,12 +323,21 @@ class ExpertGateStrategy(SupervisedTemplate):
         return outputs.to(self.device)
 
     def criterion(self) -> Tensor:
-        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets."""
+        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets.
+
+        Raises:
+            InputError: it is not one number.
+        """
         model = self.model
-        if not isinstance(model, SingleExpert) or not self.is_training or _takes_infinities(self._criterion):
-            return super().criterion()
-        classes = torch.tensor(model.classes, device=self.mb_y.device)
-        return self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
+        if isinstance(model, SingleExpert) and self.is_training and not _takes_infinities(self._criterion):
+            classes = torch.tensor(model.classes, device=self.mb_y.device)
+            loss = self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
+        else:
+            loss = super().criterion()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
+        return loss
 
     # The run behind it
 
@@ -366,133 +372,20 @@ class ExpertGateStrategy(SupervisedTemplate):
             return self._open
         if self._open is not None:
             raise InputError("This strategy was closed; make a new one.")
-        model: ExpertGate = self.model
-        cuda = self._asked_device is None or self._asked_device.startswith("cuda")
-        run = open_run(
-            self.cluster,
-            self.method,
-            root=model.expert,
-            backbone={
-                "arch": model.arch,
-                "custom": model.custom,
-                "weights": model.weights,
-                "pretrained": model.pretrained_flag,
-            },
-            feature_layer=model.output_layer_name,
-            shape=model.shape,
-            device=None if cuda and self.cluster.engine == "ray" else self._asked_device,
-            observer=self.observer,
-        )
+        run = start_run(self.model, self.cluster, self.method, self._asked_device, self.observer)
         self._finalizer = weakref.finalize(self, run.close)
-        if self.cluster.storage is None:
-            # Experts are read from there as long as the model lives.
-            weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
         self._open = run
-        if isinstance(self.reference, str | Path):
-            record = Reference.load(self.reference, self.method.autoencoder.kind).store(run.storage)
-            run.session.adopt_reference(record)
-        elif self.reference is not None:
-            dataset = self.reference.eval() if hasattr(self.reference, "eval") else self.reference
-            shipped, _held = run.engine.shipper.ship(dataset, "the reference dataset")
-            run.session.fit_reference(shipped)
+        adopt_reference(run, self.reference, self.method.autoencoder.kind)
         return run
-
-    def _check(self, experiences: Sequence[CLExperience]) -> None:
-        """Find what cannot be used before anything is begun."""
-        sealed = {} if self._open is None else self._open.session.registry.newest
-        known = {manifest.label: f"as task {task}" for task, manifest in sealed.items()}
-        for experience in experiences:
-            label = label_of(experience)
-            classes_of(experience)
-            if label in known and self.on_repeat == "error":
-                raise InputError(
-                    f"Label {label} was trained already, {known[label]}, and on_repeat='error' refuses it; on_repeat="
-                    "'continue' goes on with its expert."
-                )
-            known[label] = "in the same stream"
-
-    def _inputs(
-        self,
-        run: OpenRun,
-        experiences: Iterable[CLExperience],
-        eval_streams: Sequence[CLExperience | Iterable[CLExperience]] | None,
-        pending: dict[TaskId, tuple[CLExperience, object]],
-    ) -> Iterator[TaskInput]:
-        given = None if eval_streams is None else list(_flat(eval_streams))
-        registry, task = run.session.registry, -1
-        earlier = {m.label: (m.versions, m.classes) for m in registry.newest.values()}
-        for experience in experiences:
-            label, classes = label_of(experience), classes_of(experience)
-            task = max(registry.number(label), task + 1)
-            versions, known_classes = earlier.get(label, ((), ()))
-            if versions and self.on_repeat == "error":
-                self._check([experience])
-            continues = versions[-1] if versions and self.on_repeat == "continue" else None
-            if continues is not None:
-                classes = tuple(sorted({*classes, *known_classes}))
-            earlier[label] = ((*versions, task), classes)
-            measured = None if given is None else [other for other in given if label_of(other) == label]
-            data = task_data(experience, task, self.method.seed, self.method.validation_fraction, measured)
-            shipped, held = run.engine.shipper.ship(data, f"the dataset of experience {experience.current_experience}")
-            pending[task] = (experience, held)
-            yield TaskInput(task, label, classes, shipped, info_of(experience), (*versions, task), continues)
 
     def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:
         """Have the workers answer for every experience, then keep their answers for the loop."""
-        registry = run.session.registry
-        listed = list(experiences)
-        shards = max(1, -(-max(1, len(run.engine.workers())) // max(1, len(listed))))
-        requests, counts, rights, held = [], [], [], []
-        highest = max(max(manifest.classes) for manifest in registry.newest.values())
-        for self.experience in listed:
+        asked = []
+        for self.experience in experiences:
             self.eval_dataset_adaptation(**kwargs)
-            right = right_tasks(self.experience, registry)
-            shipped, leaves = run.engine.shipper.ship(self.adapted_dataset, "the evaluation dataset")
-            mine = plan(shipped, right, self.eval_mb_size, shards, registry, self.method)
-            requests += mine
-            counts.append(len(mine))
-            rights.append(right)
-            held.append(leaves)
-            highest = max(highest, *(int(c) for c in self.experience.dataset.targets.uniques))
-        results = iter(run.session.evaluate(requests))
-        for count, right in zip(counts, rights, strict=True):
-            self._answers.append(Answers([next(results) for _ in range(count)], right, highest + 1))
+            asked.append((self.experience, self.adapted_dataset))
         self.experience = None
-
-    def _warn_of_unequal_tasks(self, run: OpenRun) -> None:
-        registry = run.session.registry
-        sizes = {task: registry.autoencoders[m.task].num_samples for task, m in registry.newest.items()}
-        if not sizes:
-            return
-        smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
-        if sizes[largest] > _UNEQUAL * sizes[smallest]:
-            logger.warning(
-                "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
-                "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
-                smallest,
-                sizes[smallest],
-                largest,
-                sizes[largest],
-            )
-
-    def _attach_model(self, run: OpenRun) -> None:
-        registry = run.session.registry
-        if not registry.manifests:
-            return
-        model: ExpertGate = self.model
-        load = partial(load_tensors, run.storage)
-        reader = ExpertReader(load, model.expert, self.cluster.max_resident_experts, model.device)
-        model.attach(
-            TrainedRun(reader.gate(registry.gate_ref(self.method)), registry.expert_refs(), reader, run.threads)
-        )
-
-
-def _flat(streams: Sequence[CLExperience | Iterable[CLExperience]]) -> Iterator[CLExperience]:
-    for stream in streams:
-        if isinstance(stream, Iterable):
-            yield from stream
-        else:
-            yield stream
+        self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))
 
 
 def _takes_infinities(criterion: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +15,11 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from torch import nn
 
-from distributed_eg.errors import DivergedError
+from distributed_eg.errors import DivergedError, ExpertGateError, HookError
 from distributed_eg.method.distill import Distillation
 from distributed_eg.method.expert import find_head
 from distributed_eg.runtime.requests import ExpertJob, TrainedExpert
+from distributed_eg.strategy.blame import blame
 from distributed_eg.strategy.experiences import rebuild
 from distributed_eg.strategy.model import SingleExpert
 from distributed_eg.strategy.recording import RecordingLogger
@@ -57,12 +60,19 @@ class StrategyTrainer:
         strategy.plugins = [rules, *strategy.plugins]
         strategy.device = job.device
         try:
-            strategy.train_expert(
-                model,
-                rebuild(job.experience, job.data.train),
-                [rebuild(info, dataset) for info, dataset in job.data.evaluations],
-                self.loader_args,
-            )
+            with warnings.catch_warnings():
+                # A scheduler misses the mark that it set on the driver's optimizer; the order of steps is right.
+                warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
+                strategy.train_expert(
+                    model,
+                    rebuild(job.experience, job.data.train),
+                    [rebuild(info, dataset) for info, dataset in job.data.evaluations],
+                    self.loader_args,
+                )
+        except ExpertGateError:
+            raise
+        except Exception as error:
+            raise _told(error, job) from error
         finally:
             if distillation is not None:
                 distillation.detach()
@@ -127,6 +137,14 @@ def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillat
     group = next((g for g in groups if any(p is head for p in g["params"])), groups[0])
     group["params"].extend(distillation.parameters())
     return distillation
+
+
+def _told(error: Exception, job: ExpertJob) -> HookError:
+    who = blame(error)
+    return HookError(
+        f"Training the expert of task {job.task} (label {job.label}) failed"
+        f"{'' if who is None else f' in {who}'}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+    )
 
 
 def _width(job: ExpertJob) -> int:

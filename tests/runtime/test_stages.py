@@ -15,7 +15,7 @@ from distributed_eg.runtime.worker import TaskWorker
 from distributed_eg.store.reading import ExpertRef
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
-from distributed_eg.strategy.experiences import classes_of, info_of, task_data
+from distributed_eg.strategy.experiences import info_of, parts_of, task_data
 from distributed_eg.strategy.strategy import _DRIVER_ONLY
 from distributed_eg.strategy.training import StrategyTrainer
 from distributed_eg.strategy.travelling import pack
@@ -55,9 +55,9 @@ def expert_of_child(strategy: ExpertGateStrategy, transfer: str, perturb: str | 
     artifact = save_tensors(storage, "perturbed", state)
     experience = tiny_benchmark((*DOMAINS, 1)).train_stream[4]
     shipper = strategy._open.engine.shipper
-    data, _held = shipper.ship(task_data(experience, 4, 0, 0.1, None), "data")
+    data, _held = shipper.ship(task_data(parts_of(experience)[0], 4, 0, 0.1), "data")
     trainer, _ = shipper.ship(StrategyTrainer(pack(strategy, _DRIVER_ONLY), True, {}), "trainer")
-    task_input = TaskInput(4, 4, classes_of(experience), data, info_of(experience), (4,))
+    task_input = TaskInput(4, 4, parts_of(experience)[0].classes, data, info_of(experience), (4,))
     choice = TransferChoice(0, transfer)  # type: ignore[arg-type]
     done = worker_of(strategy).run(ExpertRequest(task_input, choice, ExpertRef(artifact, parent.classes), trainer))
     assert isinstance(done, Done), done.message if isinstance(done, Raised) else done
@@ -121,8 +121,8 @@ def test_features_that_are_gone_are_extracted_again(trained: ExpertGateStrategy)
     assert trained._open is not None
     context = worker_of(trained)._context
     experience = tiny_benchmark(DOMAINS).train_stream[0]
-    shipped, _held = trained._open.engine.shipper.ship(task_data(experience, 0, 0, 0.1, None), "data")
-    task_input = TaskInput(0, 0, classes_of(experience), shipped, info_of(experience), (0,))
+    shipped, _held = trained._open.engine.shipper.ship(task_data(parts_of(experience)[0], 0, 0, 0.1), "data")
+    task_input = TaskInput(0, 0, parts_of(experience)[0].classes, shipped, info_of(experience), (0,))
     assert isinstance(worker_of(trained).run(FeaturesRequest(task_input, False)), Done)
     first = context.scratch_file(0, "train").read_bytes()
     context.drop_features(0, "train")
@@ -135,7 +135,7 @@ def test_features_that_are_gone_are_extracted_again(trained: ExpertGateStrategy)
 def test_a_stage_that_raises_becomes_a_value(trained: ExpertGateStrategy) -> None:
     assert trained._open is not None
     experience = tiny_benchmark(DOMAINS).train_stream[0]
-    shipped, _held = trained._open.engine.shipper.ship(task_data(experience, 9, 0, 0.1, None), "data")
+    shipped, _held = trained._open.engine.shipper.ship(task_data(parts_of(experience)[0], 9, 0, 0.1), "data")
     task_input = TaskInput(9, 9, (5, 6), shipped, info_of(experience), (9,))
     raised = worker_of(trained).run(FeaturesRequest(task_input, False))
     assert isinstance(raised, Raised)

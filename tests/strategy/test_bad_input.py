@@ -10,6 +10,8 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.core import SupervisedPlugin
+from avalanche.evaluation import PluginMetric
+from avalanche.training.plugins import EvaluationPlugin
 from torch.utils.data import TensorDataset
 
 from distributed_eg import ClusterConfig, ExpertGate
@@ -17,6 +19,7 @@ from distributed_eg.errors import (
     BackboneError,
     DivergedError,
     ExpertGateError,
+    HookError,
     InputError,
     ResourceError,
     StorageError,
@@ -177,14 +180,67 @@ class FailsOnTaskOne(SupervisedPlugin):
 def test_a_task_that_fails_does_not_take_the_others_with_it() -> None:
     """Task 1 fails; tasks 2 and 3 start from task 0 and are committed. The error carries the worker's traceback."""
     with tiny_strategy(plugins=[FailsOnTaskOne()]) as strategy:
-        with pytest.raises(TaskFailedError) as caught:
+        with pytest.raises(HookError) as caught:
             strategy.train(tiny_benchmark((0, 1, 0, 0)).train_stream)
         assert strategy.registry["label"].to_pylist() == [0, 2, 3]
         strategy.eval(tiny_benchmark((0, 1, 0, 0)).test_stream)
     message = str(caught.value)
-    assert "task 1 (label 1) failed in expert" in message
-    assert "before_training_exp" in message
-    assert "a user's mistake" in message
+    first = message.splitlines()[0]
+    assert "task 1 (label 1)" in first
+    assert "the plugin FailsOnTaskOne in before_training_exp" in first
+    assert 'KeyError: "a user\'s mistake"' in first
+    assert "Traceback" in message
+    assert 'raise KeyError("a user' in message
+
+
+class FailsAndStarves(SupervisedPlugin):
+    """Raises in task 0, from which task 1 starts."""
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """The hook that raises."""
+        if strategy.experience.task_label == 0:
+            raise ValueError("no")
+
+
+def test_what_needs_a_failed_task_is_reported_as_not_trained() -> None:
+    with tiny_strategy(plugins=[FailsAndStarves()]) as strategy:
+        with pytest.raises(TaskFailedError) as caught:
+            strategy.train(tiny_benchmark((0, 1)).train_stream)
+        assert strategy.registry.num_rows == 0
+    assert "2 task(s) were not trained" in str(caught.value)
+    assert "task 1 (label 1) failed in expert: its expert starts from the expert of task 0" in str(caught.value)
+
+
+def test_a_criterion_that_returns_no_scalar() -> None:
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    with tiny_strategy(criterion=criterion) as strategy, pytest.raises(InputError, match="must return one number"):
+        strategy.train(tiny_benchmark((0,)).train_stream)
+
+
+class BrokenMetric(PluginMetric[float]):
+    """Raises when an epoch ends."""
+
+    def reset(self) -> None:
+        """Nothing to reset."""
+
+    def result(self) -> float:
+        """Nothing to tell."""
+        return 0.0
+
+    def after_training_epoch(self, strategy: Any) -> None:
+        """The callback that raises."""
+        raise ZeroDivisionError("a metric's mistake")
+
+    def __str__(self) -> str:
+        return "Broken"
+
+
+def test_a_metric_that_raises_is_named() -> None:
+    evaluator = EvaluationPlugin(BrokenMetric(), loggers=[])
+    with tiny_strategy(evaluator=evaluator) as strategy:
+        with pytest.raises(HookError) as caught:
+            strategy.train(tiny_benchmark((0,)).train_stream)
+    assert "the metric Broken in after_training_epoch: ZeroDivisionError" in str(caught.value).splitlines()[0]
 
 
 def test_a_plugin_that_cannot_travel_is_named() -> None:

@@ -18,7 +18,7 @@ from avalanche.logging import TextLogger
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
-from distributed_eg.errors import TaskFailedError
+from distributed_eg.errors import HookError
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
@@ -158,7 +158,7 @@ class TestTraining:
         with tiny_strategy() as strategy:
             strategy.train(stream[0])
             strategy._criterion = _Broken()
-            with pytest.raises(TaskFailedError, match="broken on purpose"):
+            with pytest.raises(HookError, match="broken on purpose"):
                 strategy.train(stream[1])
             strategy._criterion = torch.nn.CrossEntropyLoss()
             strategy.train(stream[1])

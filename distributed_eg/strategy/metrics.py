@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
-from avalanche.evaluation.metric_definitions import GenericPluginMetric
+import torch
+from avalanche.evaluation.metric_definitions import GenericPluginMetric, PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.evaluation.metrics.mean import Mean
 from torch import Tensor
 
-Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc"]
-QUANTITIES: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
+Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence"]
+Level = Literal["experience", "stream"]
+ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
+"""What ``ExpertGateStrategy.eval`` reports whatever the evaluator holds."""
 
 
 class RoutedBatch(NamedTuple):
@@ -31,9 +37,10 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
     ``Gate_Acc``: the gate chose the right task. ``Expert_Acc``: the right task's expert predicts the right class
     (oracle gate). ``EndToEnd_Acc``: both the gate and its expert are right; a sample sent to the wrong expert is wrong
     even when the class id happens to match. Samples of tasks that were never trained count as wrong.
+    ``Gate_Confidence``: the gate's confidence in the expert that it chose.
     """
 
-    def __init__(self, quantity: Quantity, level: Literal["experience", "stream"]) -> None:
+    def __init__(self, quantity: Quantity, level: Level) -> None:
         super().__init__(Mean(), reset_at=level, emit_at=level, mode="eval")
         self.quantity = quantity
         self.level = level
@@ -44,13 +51,13 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         if routed is None:
             return
         targets, predictions = strategy.mb_y.cpu(), strategy.mb_output.argmax(1).cpu()
-        if self.quantity == "Gate_Acc":
-            right = routed.tasks == routed.right_tasks
-        elif self.quantity == "Expert_Acc":
-            right = routed.expert_predictions == targets
-        else:
-            right = (routed.tasks == routed.right_tasks) & (predictions == targets)
-        self._metric.update(right.double().mean().item(), len(right))
+        values: dict[Quantity, Tensor] = {
+            "Gate_Acc": routed.tasks == routed.right_tasks,
+            "Expert_Acc": routed.expert_predictions == targets,
+            "EndToEnd_Acc": (routed.tasks == routed.right_tasks) & (predictions == targets),
+            "Gate_Confidence": routed.confidences,
+        }
+        self._metric.update(values[self.quantity].double().mean().item(), len(targets))
 
     def _package_result(self, strategy: Any) -> Any:
         # Where nothing was routed (an evaluation inside an expert's training) there is nothing to say.
@@ -60,15 +67,62 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         return f"{self.quantity}_{'Exp' if self.level == 'experience' else 'Stream'}"
 
 
-def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[RoutingMetric]:
-    """The method's metrics, each per experience and for the stream as asked.
+class GateConfusionMatrix(PluginMetric[Tensor]):
+    """How often samples of one task went to the expert of another, over an evaluated stream.
 
-    ``ExpertGateStrategy.eval`` reports them whatever the evaluator holds; put them into your own ``EvaluationPlugin``
-    to place them among your metrics.
+    Its value is an int64 tensor (n, n) over the tasks in ascending order: rows are the right tasks, columns the chosen
+    ones. Samples that belong to no trained task are left out.
     """
-    levels: list[Literal["experience", "stream"]] = []
-    if experience:
-        levels.append("experience")
-    if stream:
-        levels.append("stream")
-    return [RoutingMetric(quantity, level) for quantity in QUANTITIES for level in levels]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[tuple[int, int]] = Counter()
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self._counts.clear()
+
+    def result(self) -> Tensor:
+        """The matrix so far."""
+        tasks = sorted({task for pair in self._counts for task in pair})
+        return torch.tensor([[self._counts[right, chosen] for chosen in tasks] for right in tasks], dtype=torch.int64)
+
+    def before_eval(self, strategy: Any) -> None:
+        """A stream begins."""
+        self.reset()
+
+    def after_eval_iteration(self, strategy: Any) -> None:
+        """Take the current mini-batch in."""
+        routed: RoutedBatch | None = getattr(strategy, "routed", None)
+        if routed is not None:
+            pairs = zip(routed.right_tasks.tolist(), routed.tasks.tolist(), strict=True)
+            self._counts.update(pair for pair in pairs if pair[0] >= 0)
+
+    def after_eval(self, strategy: Any) -> list[MetricValue] | None:
+        """A stream has ended: say the matrix."""
+        if not self._counts:
+            return None
+        name = get_metric_name(self, strategy, add_experience=False, add_task=False)
+        return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
+
+    def __str__(self) -> str:
+        return "Gate_ConfusionMatrix_Stream"
+
+
+def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[PluginMetric[Any]]:
+    """The method's metrics, each per experience and for the stream as asked, with the gate's confusion matrix.
+
+    ``ExpertGateStrategy.eval`` reports gate, expert and end-to-end accuracy whatever the evaluator holds; put these
+    into your own ``EvaluationPlugin`` to have all of them, where you want them.
+    """
+    asked: dict[Level, bool] = {"experience": experience, "stream": stream}
+    quantities: tuple[Quantity, ...] = (*ALWAYS, "Gate_Confidence")
+    levels = [level for level, wanted in asked.items() if wanted]
+    metrics: list[PluginMetric[Any]] = [RoutingMetric(quantity, level) for quantity in quantities for level in levels]
+    return [*metrics, GateConfusionMatrix()] if stream else metrics
+
+
+def own_metrics() -> list[RoutingMetric]:
+    """What is reported whatever the evaluator holds."""
+    levels: tuple[Level, ...] = ("experience", "stream")
+    return [RoutingMetric(quantity, level) for quantity in ALWAYS for level in levels]

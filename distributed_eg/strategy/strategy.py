@@ -30,10 +30,11 @@ from distributed_eg.runtime.session import Observer
 from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
+from distributed_eg.strategy.checks import check_optimizer, takes_infinities, warn_of_memory
 from distributed_eg.strategy.evaluation import Answers, ask_workers
 from distributed_eg.strategy.intake import Intake, Streams, check_experiences
 from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, warn_of_unequal_tasks
-from distributed_eg.strategy.metrics import RoutedBatch, gate_metrics
+from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
 from distributed_eg.strategy.reporting import GateReporter
@@ -145,7 +146,8 @@ class ExpertGateStrategy(SupervisedTemplate):
         ignored = [name for name, value in given.items() if value != _SGD_ONLY[name]]
         if autoencoder.kind == "linear" and ignored:
             warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=3)
-        _check_optimizer(optimizer, model)
+        check_optimizer(optimizer, model)
+        warn_of_memory(plugins or ())
         self.method = MethodConfig(
             autoencoder=autoencoder,
             temp=temp,
@@ -190,7 +192,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
-        own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else gate_metrics()
+        own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else own_metrics()
         self._reporter = GateReporter(own)
 
     # What users look at
@@ -329,7 +331,7 @@ class ExpertGateStrategy(SupervisedTemplate):
             InputError: it is not one number.
         """
         model = self.model
-        if isinstance(model, SingleExpert) and self.is_training and not _takes_infinities(self._criterion):
+        if isinstance(model, SingleExpert) and self.is_training and not takes_infinities(self._criterion):
             classes = torch.tensor(model.classes, device=self.mb_y.device)
             loss = self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
         else:
@@ -386,20 +388,3 @@ class ExpertGateStrategy(SupervisedTemplate):
             asked.append((self.experience, self.adapted_dataset))
         self.experience = None
         self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))
-
-
-def _takes_infinities(criterion: Any) -> bool:
-    """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
-    if criterion is torch.nn.functional.cross_entropy:
-        return True
-    return type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
-
-
-def _check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(id(parameter) in own for parameter in held):
-        raise InputError(
-            f"The optimizer holds {len(held)} parameters, none of them the model's; make it from "
-            "model.expert.parameters()."
-        )

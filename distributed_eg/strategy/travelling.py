@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+import psutil
 from avalanche.logging import BaseLogger
 from torch import nn
 
@@ -22,6 +24,9 @@ from distributed_eg.runtime.shipping import PICKLE_ERRORS
 
 if TYPE_CHECKING:
     from distributed_eg.strategy.strategy import ExpertGateStrategy
+
+
+_LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStr
     metrics: list[bytes | None] = []
     for metric in strategy.evaluator.metrics:
         try:
-            metrics.append(_dump(metric, strategy))
+            metrics.append(_dump(metric, strategy, _MetricPickler))
         except PICKLE_ERRORS as error:
             warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=3)
             metrics.append(None)
@@ -69,9 +74,9 @@ def unpack(packed: PackedStrategy, model: nn.Module, expert: nn.Module, evaluato
     return strategy
 
 
-def _dump(value: Any, strategy: ExpertGateStrategy) -> bytes:
+def _dump(value: Any, strategy: ExpertGateStrategy, pickler: type[_Pickler] | None = None) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, strategy).dump(value)
+    (pickler or _Pickler)(buffer, strategy).dump(value)
     return buffer.getvalue()
 
 
@@ -96,6 +101,21 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, BaseLogger):
             return ("own", "logger")
         return self._names.get(id(obj))
+
+
+class _MetricPickler(_Pickler):
+    """A metric that measures in a thread holds a lock and its process: on the worker it gets new ones."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _LOCKS):
+            return _new_lock, (type(obj) is _LOCKS[0],)
+        if isinstance(obj, psutil.Process):
+            return psutil.Process, ()
+        return super().reducer_override(obj)
+
+
+def _new_lock(plain: bool) -> Any:
+    return threading.Lock() if plain else threading.RLock()
 
 
 class _Unpickler(pickle.Unpickler):

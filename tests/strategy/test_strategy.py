@@ -296,7 +296,11 @@ class TestEvaluation:
         with tiny_strategy(evaluator=evaluator) as given, tiny_strategy(evaluator=None) as none:
             given.train(benchmark.train_stream)
             none.train(benchmark.train_stream)
-            assert given.eval(benchmark.test_stream) == none.eval(benchmark.test_stream)
+            with_all, own = given.eval(benchmark.test_stream), none.eval(benchmark.test_stream)
+            assert with_all.items() >= own.items()
+            matrix = with_all["Gate_ConfusionMatrix_Stream/eval_phase/test_stream"]
+            assert matrix.tolist() == [[24, 0], [0, 24]]
+            assert 0.5 < with_all["Gate_Confidence_Exp/eval_phase/test_stream/Task001/Exp001"] <= 1
         assert all(len(x) == 1 for x, _ in evaluator.get_all_metrics().values())
 
 

@@ -1,0 +1,62 @@
+"""What a strategy checks of what it is given: optimizer, criterion, plugins that cannot do what they are for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import CrossEntropyLoss
+from torch.optim import Optimizer
+
+from distributed_eg.errors import InputError
+from distributed_eg.strategy.model import ExpertGate
+
+_REMEMBER: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("ReplayPlugin", "GSS_greedyPlugin", "GDumbPlugin", "MIRPlugin", "RARPlugin", "CoPEPlugin", "BiCPlugin"),
+        "samples of earlier tasks",
+    ),
+    **dict.fromkeys(("GEMPlugin", "AGEMPlugin"), "gradients or samples of earlier tasks"),
+    **dict.fromkeys(
+        ("EWCPlugin", "SynapticIntelligencePlugin", "MASPlugin", "RWalkPlugin"), "weights of earlier tasks"
+    ),
+    **dict.fromkeys(("LwFPlugin", "LFLPlugin", "FeatureDistillationPlugin"), "the model of the task before"),
+    **dict.fromkeys(("GenerativeReplayPlugin", "TrainGeneratorAfterExpPlugin"), "a generator of earlier samples"),
+}
+"""Avalanche's plugins that remember earlier tasks, and what."""
+
+
+def warn_of_memory(plugins: Iterable[Any]) -> None:
+    """Name the plugins that start empty with each expert, though they are made to remember."""
+    for plugin in plugins:
+        what = next((_REMEMBER[cls.__name__] for cls in type(plugin).__mro__ if cls.__name__ in _REMEMBER), None)
+        if what is not None:
+            warnings.warn(
+                f"{type(plugin).__name__} keeps {what}, but each expert learns one task from its own data: it starts "
+                "empty with every task and has nothing to add.",
+                stacklevel=3,
+            )
+
+
+def takes_infinities(criterion: Any) -> bool:
+    """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
+    if criterion is torch.nn.functional.cross_entropy:
+        return True
+    return type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
+
+
+def check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
+    """Refuse an optimizer that would train nothing.
+
+    Raises:
+        InputError: it holds no parameter of ``model``.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(id(parameter) in own for parameter in held):
+        raise InputError(
+            f"The optimizer holds {len(held)} parameters, none of them the model's; make it from "
+            "model.expert.parameters()."
+        )

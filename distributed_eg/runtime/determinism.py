@@ -16,11 +16,14 @@ def reproducible(seed: int, threads: int) -> Iterator[None]:
     saved_threads = torch.get_num_threads()
     saved_python, saved_numpy = random.getstate(), np.random.get_state()
     saved_cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    saved_kernels = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         try:
             torch.set_num_threads(threads)
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+            if torch.cuda.is_available():
+                torch.use_deterministic_algorithms(True, warn_only=True)
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
@@ -28,5 +31,6 @@ def reproducible(seed: int, threads: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(saved_threads)
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = saved_cudnn
+            torch.use_deterministic_algorithms(saved_kernels[0], warn_only=saved_kernels[1])
             random.setstate(saved_python)
             np.random.set_state(saved_numpy)

@@ -215,6 +215,8 @@ class RayEngine:
 
     def close(self) -> None:
         """End the actors and, where ``start`` began it, Ray."""
+        if not ray.is_initialized():  # Ray's own exit came first, and took the actors with it
+            return
         by_node = {worker.node: worker for worker in self._pool.values()}
         cleared: list[Any] = [worker.handle.run.remote(CloseRequest()) for worker in by_node.values()]
         if cleared:
@@ -234,8 +236,14 @@ class RayEngine:
         name = f"worker-{self._num_named}"
         self._num_named += 1
         actor: Any = ray.remote(_TaskWorkerActor)
+        # cuBLAS reads this when it starts: without it, its sums differ from run to run.
+        environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if self._gpus > 0 else None
         handle = actor.options(
-            num_cpus=self._cpus, num_gpus=self._gpus, scheduling_strategy="SPREAD", namespace=NAMESPACE
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            scheduling_strategy="SPREAD",
+            namespace=NAMESPACE,
+            runtime_env=environment,
         ).remote(name, self._setup)
         self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distributed_eg.config import MethodConfig
 from distributed_eg.errors import ExpertGateError, TaskFailedError
 from distributed_eg.runtime.engine import Ended, Engine, Joined, Lost
 from distributed_eg.runtime.registry import Registry
@@ -64,6 +63,8 @@ from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
 
+_TASKS_AHEAD = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -97,10 +98,6 @@ class Session:
         self._calls = itertools.count()
         self.registry: Registry = engine.coordinator.registry()
 
-    @property
-    def _method(self) -> MethodConfig:
-        return self._setup.method
-
     def fit_reference(self, data: Shipped) -> None:
         """Statistics and the root's autoencoder from a reference dataset, where the run has none yet."""
         if self.registry.statistics is None:
@@ -124,7 +121,12 @@ class Session:
                 that error is raised itself.
         """
         self._engine.add_workers(self._setup, num_tasks)
-        training = _Training(self._engine, self.registry, self._method, inputs, trainer, self._calls, self._observer)
+        # A stream of unknown length may not fit in memory: it is read a little ahead of the work only.
+        ahead = _TASKS_AHEAD if num_tasks is None else None
+        machine = Machine(
+            self.registry.manifests, has_statistics=self.registry.statistics is not None, tasks_per_worker=ahead
+        )
+        training = _Training(self._engine, self.registry, machine, inputs, trainer, self._calls, self._observer)
         training.run(on_commit)
         self._engine.coordinator.export()
 
@@ -166,7 +168,7 @@ class _Training:
         self,
         engine: Engine,
         registry: Registry,
-        method: MethodConfig,
+        machine: Machine,
         inputs: Iterator[TaskInput],
         trainer: Shipped,
         calls: Iterator[int],
@@ -174,12 +176,11 @@ class _Training:
     ) -> None:
         self._engine = engine
         self._registry = registry
-        self._method = method
         self._inputs = inputs
         self._trainer = trainer
         self._calls = calls
         self._observer = observer
-        self._machine = Machine(registry.manifests, has_statistics=registry.statistics is not None)
+        self._machine = machine
         self._tasks: dict[TaskId, TaskInput] = {}
         self._versions: dict[TaskId, tuple[TaskId, ...]] = {}
         self._running: dict[int, RunStage] = {}

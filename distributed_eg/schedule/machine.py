@@ -67,11 +67,19 @@ class Machine:
     Args:
         committed: tasks that are sealed already, from an earlier call or an earlier run.
         has_statistics: whether the run's standardization statistics are known already.
+        tasks_per_worker: unfinished tasks that may be pulled ahead for each worker; None: as many as there are.
     """
 
-    def __init__(self, committed: Collection[TaskId] = (), *, has_statistics: bool = False) -> None:
+    def __init__(
+        self,
+        committed: Collection[TaskId] = (),
+        *,
+        has_statistics: bool = False,
+        tasks_per_worker: int | None = None,
+    ) -> None:
         self._committed = frozenset(committed)
         self._has_statistics = has_statistics
+        self._tasks_per_worker = tasks_per_worker
         self._first: TaskId | None = None
         self._tasks: dict[TaskId, _Task] = {}
         self._num_unfinished = 0
@@ -255,7 +263,9 @@ class Machine:
         for stage in _PRIORITY:
             while self._idle and self._ready[stage]:
                 instructions.append(self._start(heapq.heappop(self._ready[stage]), stage))
-        if self._idle and not self._ended and not self._pulling:
+        limit = None if self._tasks_per_worker is None else self._tasks_per_worker * len(self._nodes)
+        room = limit is None or self._num_unfinished < limit
+        if self._idle and room and not self._ended and not self._pulling:
             self._pulling = True
             instructions.append(PullTask())
         return instructions

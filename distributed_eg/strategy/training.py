@@ -59,6 +59,8 @@ class StrategyTrainer:
         rules = _ExpertRules(job, distillation)
         strategy.plugins = [rules, *strategy.plugins]
         strategy.device = job.device
+        if isinstance(strategy._criterion, nn.Module):
+            strategy._criterion.to(job.device)
         try:
             with warnings.catch_warnings():
                 # A scheduler misses the mark that it set on the driver's optimizer; the order of steps is right.

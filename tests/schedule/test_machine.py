@@ -274,6 +274,27 @@ def test_an_idle_worker_that_waits_for_a_parent_pulls_the_next_task() -> None:
     assert story.now == {0: EXPERT, 2: FEATURES}
 
 
+def test_a_stream_that_may_not_fit_is_read_only_a_little_ahead() -> None:
+    """One task trains for long and the others wait for it: the idle worker pulls two tasks a worker, no more."""
+    story = Story(workers=0)
+    story.machine = Machine(tasks_per_worker=2)
+    story.join("w0")
+    story.join("w1")
+    for task in range(4):
+        story.tell(TaskArrived(task))
+        for _ in range(3):
+            story.finish(task, 0 if task else None)
+    assert story.now == {0: EXPERT}
+    pulls = story.pulls
+    story.finish(0)
+    assert story.pulls == pulls, "two experts are ready, so nobody is idle"
+    assert set(story.now) == {1, 2}
+    story.finish(1)
+    assert story.now.keys() == {2, 3}
+    story.finish(2)
+    assert story.pulls == pulls + 1
+
+
 def test_an_empty_stream_is_done_at_once() -> None:
     story = Story(0, workers=1)
     assert story.machine.done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ class WorkerContext:
         self.root = setup.root.load(fetch).eval()
         self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
         self.reader = ExpertReader(partial(load_tensors, self.storage), self.root, setup.max_resident_experts, device)
-        self.scratch = Path(setup.scratch or tempfile.gettempdir()) / f"distributed-eg-{setup.session}"
+        self.scratch = setup.scratch_folder
 
     def batches(self, dataset: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of samples [first, last), in order, in batches of the run's feature batch size."""

@@ -32,15 +32,18 @@ _LIBRARIES = ("torch", "torchvision", "avalanche-lib", "safetensors", "pyarrow")
 class OpenRun:
     """A session with what has to be closed after it."""
 
-    def __init__(self, storage: Storage, engine: Engine, session: Session, threads: int) -> None:
+    def __init__(self, storage: Storage, engine: Engine, session: Session, setup: WorkerSetup) -> None:
         self.storage = storage
         self.engine = engine
         self.session = session
-        self.threads = threads
+        self.threads = setup.threads
+        self._scratch_folder = setup.scratch_folder
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; the run directory stays."""
         self.engine.close()
+        # Workers that went before they were asked could not clear it.
+        shutil.rmtree(self._scratch_folder, ignore_errors=True)
 
 
 def open_run(
@@ -96,7 +99,7 @@ def open_run(
                 max_resident_experts=cluster.max_resident_experts,
                 device=device,
             )
-            return OpenRun(storage, engine, Session(engine, setup, observer), cluster.threads)
+            return OpenRun(storage, engine, Session(engine, setup, observer), setup)
         except BaseException:
             engine.close()
             raise

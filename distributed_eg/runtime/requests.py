@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -37,6 +39,11 @@ class WorkerSetup:
     max_resident_experts: int
     device: str | None
     """None: the GPU that the worker was given, else the CPU."""
+
+    @property
+    def scratch_folder(self) -> Path:
+        """This session's folder for features, on whichever node it is asked for."""
+        return Path(self.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.session}"
 
 
 @dataclass(frozen=True)

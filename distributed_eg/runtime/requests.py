@@ -166,18 +166,26 @@ class ExpertRequest:
 
 
 @dataclass(frozen=True)
+class GateAndExperts:
+    """Where everything is that routing and predicting need."""
+
+    gate: GateRef
+    experts: dict[TaskId, ExpertRef]
+
+
+@dataclass(frozen=True)
 class EvaluateRequest:
     """Route and predict samples [first, last) of an evaluation dataset, ``batch_size`` at a time.
 
-    ``right_tasks`` holds, for each of these samples, the task that it belongs to, −1 where no expert knows it.
+    ``run`` ships a ``GateAndExperts``, the same for every request of a stream. ``right_tasks`` holds, for each of
+    these samples, the task that it belongs to, −1 where no expert knows it.
     """
 
     data: Shipped
     first: int
     last: int
     batch_size: int
-    gate: GateRef
-    experts: dict[TaskId, ExpertRef]
+    run: Shipped
     right_tasks: tuple[int, ...]
 
 

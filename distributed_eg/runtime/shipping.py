@@ -20,20 +20,26 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from distributed_eg.errors import InputError
 
+_INLINE_BYTES = 64 * 2**10
 # What objects raise that cannot be pickled: locks, generators, process-shared values, lambdas of C extensions.
 PICKLE_ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """A pickled value around references to its leaves; ``leaves`` mean something to the engine that made them."""
+    """A pickled value around references to its leaves; ``leaves`` mean something to the engine that made them.
 
-    view: bytes
+    ``view`` is the pickle itself where it is small, else a reference to it, so that what many requests share travels
+    once.
+    """
+
+    view: Any
     leaves: tuple[Any, ...]
 
     def load(self, fetch: Callable[[Any], Any]) -> Any:
-        """A new copy of the value; ``fetch`` gives the bytes behind a leaf reference."""
-        return _ViewUnpickler(io.BytesIO(self.view), self.leaves, fetch).load()
+        """A new copy of the value; ``fetch`` gives the bytes behind a reference."""
+        view = self.view if isinstance(self.view, bytes) else fetch(self.view)
+        return _ViewUnpickler(io.BytesIO(view), self.leaves, fetch).load()
 
 
 class LeafStore(Protocol):
@@ -72,7 +78,9 @@ class Shipper:
         except PICKLE_ERRORS as error:
             raise InputError(f"{what} cannot be sent to a worker: {error}") from error
         leaves = tuple(pickler.leaves)
-        return Shipped(buffer.getvalue(), tuple(leaf.reference for leaf in leaves)), leaves
+        data = buffer.getvalue()
+        view = data if len(data) < _INLINE_BYTES else self._store.put(data)
+        return Shipped(view, tuple(leaf.reference for leaf in leaves)), leaves
 
     def _leaf(self, dataset: Dataset[Any]) -> _Leaf:
         leaf = self._leaves.get(id(dataset))

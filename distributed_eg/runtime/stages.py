@@ -23,6 +23,7 @@ from distributed_eg.runtime.requests import (
     ExpertTrainer,
     FeaturesRequest,
     FeaturesResult,
+    GateAndExperts,
     ReferenceRequest,
     RelateRequest,
     TaskData,
@@ -153,8 +154,9 @@ def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult
 def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult:
     """Route and predict; each image passes the backbone once, and each chosen expert once."""
     dataset = request.data.load(context.fetch)
-    gate = context.reader.gate(request.gate)
-    width = 1 + max(max(ref.classes) for ref in request.experts.values())
+    run: GateAndExperts = request.run.load(context.fetch)
+    gate = context.reader.gate(run.gate)
+    width = 1 + max(max(ref.classes) for ref in run.experts.values())
     right = torch.tensor(request.right_tasks, device=context.device)
     parts: list[tuple[torch.Tensor, ...]] = []
     answered: set[int] = set()
@@ -167,13 +169,13 @@ def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult
         routing = gate.route(features)
 
         def expert_of(task: TaskId) -> Expert:
-            return context.reader.expert(request.experts[task])
+            return context.reader.expert(run.experts[task])
 
         weights = gate.answering(routing)
-        answered.update(c for task in weights for c in request.experts[task].classes)
+        answered.update(c for task in weights for c in run.experts[task].classes)
         log_probabilities = combine_experts(images, weights, expert_of, width)
         right_here = right[first - request.first : last - request.first]
-        by_expert = _right_predictions(images, routing, right_here, log_probabilities, gate, request, context)
+        by_expert = _right_predictions(images, routing, right_here, log_probabilities, gate, run, context)
         confidence = routing.confidences.max(1).values
         parts.append((targets, routing.tasks, confidence, log_probabilities, by_expert))
     columns = [torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True)]
@@ -195,7 +197,7 @@ def _right_predictions(
     right: torch.Tensor,
     log_probabilities: torch.Tensor,
     gate: Gate,
-    request: EvaluateRequest,
+    run: GateAndExperts,
     context: WorkerContext,
 ) -> torch.Tensor:
     """Class ids that each sample's right expert predicts; the gate's answer is reused where it chose that expert."""
@@ -203,9 +205,9 @@ def _right_predictions(
     reuse = (routing.tasks == right) & (gate.confidence_threshold is None)
     predictions[reuse] = log_probabilities[reuse].argmax(1)
     for task in right[~reuse].unique().tolist():
-        if task in request.experts:
+        if task in run.experts:
             rows = ((right == task) & ~reuse).nonzero().flatten()
-            expert = context.reader.expert(request.experts[task])
+            expert = context.reader.expert(run.experts[task])
             classes = torch.tensor(expert.classes, device=images.device)
             predictions[rows] = classes[expert.network(images[rows]).argmax(1)]
     return predictions

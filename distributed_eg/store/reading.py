@@ -63,6 +63,7 @@ class ExpertReader:
         self._experts: OrderedDict[tuple[str, tuple[int, ...]], Expert] = OrderedDict()
         self._autoencoders: dict[str, Autoencoder] = {}
         self._statistics: dict[str, Statistics] = {}
+        self._gate: tuple[GateRef, Gate] | None = None
 
     def expert(self, ref: ExpertRef) -> Expert:
         """The expert in eval mode; shared, so that callers that train must copy it.
@@ -102,9 +103,12 @@ class ExpertReader:
         return self._statistics[key]
 
     def gate(self, ref: GateRef) -> Gate:
-        """The gate over all tasks that ``ref`` names."""
-        autoencoders = {task: self.autoencoder(ref.kind, artifact) for task, artifact in ref.autoencoders}
-        return make_gate(autoencoders, self.statistics(ref.statistics), ref.temp, ref.confidence_threshold)
+        """The gate over all tasks that ``ref`` names; the last one stays in memory, laid out for its batched pass."""
+        if self._gate is None or self._gate[0] != ref:
+            autoencoders = {task: self.autoencoder(ref.kind, artifact) for task, artifact in ref.autoencoders}
+            gate = make_gate(autoencoders, self.statistics(ref.statistics), ref.temp, ref.confidence_threshold)
+            self._gate = (ref, gate)
+        return self._gate[1]
 
 
 def save_statistics(storage: Storage, statistics: Statistics) -> Artifact:

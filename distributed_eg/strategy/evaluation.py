@@ -15,7 +15,7 @@ from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
 from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.registry import Registry
-from distributed_eg.runtime.requests import EvaluateRequest, EvaluateResult
+from distributed_eg.runtime.requests import EvaluateRequest, EvaluateResult, GateAndExperts
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.strategy.experiences import label_of, task_labels_of
 from distributed_eg.strategy.metrics import RoutedBatch
@@ -43,12 +43,14 @@ def ask_workers(
     registry = run.session.registry
     shards = max(1, -(-max(1, len(run.engine.workers())) // max(1, len(asked))))
     highest = max(max(manifest.classes) for manifest in registry.newest.values())
+    needed = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
+    gate_and_experts, _ = run.engine.shipper.ship(needed, "the gate")
     requests: list[EvaluateRequest] = []
     counts, rights, held = [], [], []
     for experience, dataset in asked:
         right = right_tasks(experience, registry)
         shipped, leaves = run.engine.shipper.ship(dataset, "the evaluation dataset")
-        mine = _plan(shipped, right, batch_size, shards, registry, method)
+        mine = _plan(shipped, right, batch_size, shards, gate_and_experts)
         requests += mine
         counts.append(len(mine))
         rights.append(right)
@@ -62,22 +64,19 @@ def ask_workers(
 
 
 def _plan(
-    shipped: Shipped, right: Sequence[int], batch_size: int, num_shards: int, registry: Registry, method: MethodConfig
+    shipped: Shipped, right: Sequence[int], batch_size: int, num_shards: int, gate_and_experts: Shipped
 ) -> list[EvaluateRequest]:
     """Requests for one experience: at most ``num_shards`` runs of whole batches, so that the batches, hence the
     bytes, do not depend on how many there are."""
     num_batches = -(-len(right) // batch_size)
     per_shard = -(-num_batches // num_shards) * batch_size
-    experts = registry.expert_refs()
-    gate = registry.gate_ref(method)
     return [
         EvaluateRequest(
             shipped,
             first,
             min(first + per_shard, len(right)),
             batch_size,
-            gate,
-            experts,
+            gate_and_experts,
             tuple(right[first : first + per_shard]),
         )
         for first in range(0, len(right), per_shard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,10 @@ class Distillation:
         """Give the student its single head back."""
         self._hook.remove()
         set_head(self.student, self.head_name, self.head)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last pass's outputs: a student that is copied in training takes this along through its hook."""
+        return {**self.__dict__, "_old_logits": None}
 
     def _split(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -23,9 +23,8 @@ from distributed_eg.strategy.metrics import RoutedBatch
 _UNKNOWN = -1
 
 
-def right_tasks(experience: CLExperience, registry: Registry) -> list[int]:
-    """The task that each sample belongs to, by its label; −1 where no trained task has it."""
-    dataset = experience.dataset
+def right_tasks(experience: CLExperience, dataset: Any, registry: Registry) -> list[int]:
+    """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it."""
     labels = task_labels_of(experience)
     if labels is not None and len(labels) > 1:
         of_sample = [int(label) for label in dataset.targets_task_labels]
@@ -48,14 +47,14 @@ def ask_workers(
     requests: list[EvaluateRequest] = []
     counts, rights, held = [], [], []
     for experience, dataset in asked:
-        right = right_tasks(experience, registry)
+        right = right_tasks(experience, dataset, registry)
         shipped, leaves = run.engine.shipper.ship(dataset, "the evaluation dataset")
         mine = _plan(shipped, right, batch_size, shards, gate_and_experts)
         requests += mine
         counts.append(len(mine))
         rights.append(right)
         held.append(leaves)
-        highest = max(highest, *(int(c) for c in experience.dataset.targets.uniques))
+        highest = max(highest, *(int(c) for c in dataset.targets.uniques))
     results = iter(run.session.evaluate(requests))
     return [
         Answers([next(results) for _ in range(count)], right, highest + 1)

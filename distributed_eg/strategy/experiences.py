@@ -113,12 +113,14 @@ def _classes(experience: CLExperience, dataset: Any) -> tuple[int, ...]:
 def info_of(experience: CLExperience) -> ExperienceInfo:
     """What a worker needs to build the experience again."""
     attributes = {name: getattr(experience, name) for name in _ATTRIBUTES if hasattr(experience, name)}
+    if experience._origin_stream is None:
+        raise InputError("The experience belongs to no stream: set its origin_stream, such as CLStream('train', ()).")
     return ExperienceInfo(int(experience.current_experience), experience.origin_stream.name, attributes)
 
 
 def validation_of(experience: CLExperience) -> Any:
     """The dataset of the experience with the same index in the benchmark's "valid" stream, where there is one."""
-    stream = getattr(experience, "origin_stream", None)
+    stream = experience._origin_stream
     benchmark = getattr(experience, "benchmark", None) or getattr(stream, "benchmark", None)
     valid = getattr(benchmark, "streams", {}).get("valid")
     return None if valid is None else validation_in(valid, experience)
@@ -137,8 +139,17 @@ def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> A
 
 
 def with_label(dataset: Any, label: int) -> Any:
-    """The samples of ``dataset`` with that task label; None where there is no dataset."""
-    return None if dataset is None else dataset.subset(list(dataset.targets_task_labels.val_to_idx[label]))
+    """The samples of ``dataset`` with that task label; None where there is no dataset.
+
+    Raises:
+        InputError: there are none.
+    """
+    if dataset is None:
+        return None
+    labels = getattr(dataset, "targets_task_labels", None)
+    if labels is None or label not in labels.uniques:
+        raise InputError(f"The validation part of an experience with several labels has no samples of label {label}.")
+    return dataset.subset(list(labels.val_to_idx[label]))
 
 
 def task_data(

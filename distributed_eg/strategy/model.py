@@ -156,8 +156,11 @@ class ExpertGate(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         tensors = take_tensors(state_dict, prefix)
+        run = None
+        if tensors:
+            run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device, self.feature_shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device) if tensors else None
+        self._run = run
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: the run becomes tensors, experts included."""
@@ -169,7 +172,9 @@ class ExpertGate(nn.Module):
         super().__setstate__({**state, "_run": None})
         if stored is not None:
             tensors = take_tensors(dict(stored), "")
-            self._run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device)
+            self._run = from_tensors(
+                tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device, self.feature_shape
+            )
 
     def _route(self, run: TrainedRun, images: Tensor) -> Routing:
         return run.gate.route(Backbone(self.expert, self.output_layer_name, self.shape)(images))

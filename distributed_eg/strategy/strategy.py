@@ -39,10 +39,10 @@ from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
 from distributed_eg.strategy.reporting import GateReporter
 from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
-from distributed_eg.strategy.travelling import pack
+from distributed_eg.strategy.travelling import pack, pack_metrics
 from distributed_eg.types import OnRepeat
 
-_DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "_open", "_finalizer", "_reporter"})
+_DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "untouched", "_open", "_finalizer", "_reporter"})
 _SGD_ONLY = {"ae_train_mb_size": 1, "ae_train_epochs": 2, "ae_lr": 1e-3, "ae_optimizer": "sgd"}
 
 
@@ -56,6 +56,8 @@ class ExpertGateStrategy(SupervisedTemplate):
     Source: Aljundi, Chakravarty, Tuytelaars, "Expert Gate: Lifelong Learning with a Network of Experts", CVPR 2017.
     The parameters up to ``rel_thresh`` are those of ``avalanche.training.ExpertGateStrategy``.
     """
+
+    adapted_dataset: Any
 
     def __init__(
         self,
@@ -194,6 +196,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._current: Answers | None = None
         own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else own_metrics()
         self._reporter = GateReporter(own)
+        self.untouched = pack_metrics(self)
 
     # What users look at
 
@@ -237,8 +240,9 @@ class ExpertGateStrategy(SupervisedTemplate):
                 brings a task for each.
             eval_streams: what an expert is measured on while it trains (``eval_every``); None: its task's validation
                 part.
-            valid_stream: holds each experience's validation part, by index; None: the benchmark's own "valid" stream
-                where an experience knows of one, else a part of the experience (``validation_fraction``).
+            valid_stream: holds each experience's validation part, by index (``benchmark_with_validation_stream``'s has
+                to be given here). None: the benchmark's own "valid" stream where an experience knows of one, as in
+                Avalanche's older scenarios, else a part of the experience (``validation_fraction``).
             kwargs: loader arguments, as in Avalanche (``num_workers``, ``shuffle``, ``drop_last``, …).
 
         Returns:
@@ -295,7 +299,11 @@ class ExpertGateStrategy(SupervisedTemplate):
             The last value of every metric: the evaluator's, and ``Gate_Acc_…``, ``Expert_Acc_…``, ``EndToEnd_Acc_…``
             per experience and for the stream.
         """
-        if isinstance(self.model, SingleExpert) or self._open is None or not self._open.session.registry.manifests:
+        if isinstance(self.model, SingleExpert):
+            # Loaders draw from torch's generator: whether an expert is measured must not change what it becomes.
+            with torch.random.fork_rng(devices=[]):
+                return super().eval(exp_list, **kwargs)
+        if self._open is None or not self._open.session.registry.manifests:
             return super().eval(exp_list, **kwargs)
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
@@ -382,9 +390,10 @@ class ExpertGateStrategy(SupervisedTemplate):
 
     def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:
         """Have the workers answer for every experience, then keep their answers for the loop."""
-        asked = []
+        asked: list[tuple[CLExperience, Any]] = []
         for self.experience in experiences:
             self.eval_dataset_adaptation(**kwargs)
             asked.append((self.experience, self.adapted_dataset))
         self.experience = None
+        self.adapted_dataset = None
         self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))

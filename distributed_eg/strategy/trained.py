@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,21 +61,39 @@ def take_tensors(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor], root: nn.Module, kind: AutoencoderKind, capacity: int, device: torch.device
+    tensors: Mapping[str, Tensor],
+    root: nn.Module,
+    kind: AutoencoderKind,
+    capacity: int,
+    device: torch.device,
+    feature_shape: Sequence[int],
 ) -> TrainedRun:
     """A run in memory, from ``take_tensors``.
 
     Raises:
-        InputError: its autoencoders are of another kind than the model's.
+        InputError: tensors are missing, or belong to another kind of autoencoder, or to another backbone.
     """
+    # As torch does it: what is loaded does not share memory with what was given.
+    tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    _require(tensors, ("settings", "statistics.mean", "statistics.std", "statistics.num_samples"))
     temp, threshold, threads, linear = tensors["settings"].tolist()
     stored: AutoencoderKind = "linear" if linear else "sgd"
     if stored != kind:
         raise InputError(f"The state dict holds {stored!r} autoencoders; build ExpertGate(autoencoder={stored!r}).")
     tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("classes."))
+    fields = {name.split(".", 2)[2] for name in tensors if name.startswith("autoencoders.")}
+    for task in tasks:
+        _require(tensors, [f"autoencoders.{task}.{name}" for name in fields])
+        _require(tensors, [f"experts.{task}.{name}" for name in root.state_dict()])
     autoencoders = {
         task: autoencoder_from_tensors(kind, _below(tensors, f"autoencoders.{task}.")).to(device) for task in tasks
     }
+    num_features = tensors["statistics.mean"].numel()
+    if num_features != math.prod(feature_shape):
+        raise InputError(
+            f"The state dict was trained on {num_features} features, but the model's backbone gives "
+            f"{math.prod(feature_shape)}: build ExpertGate with the same shape=, arch= and output_layer_name=."
+        )
     statistics = Statistics(
         tensors["statistics.mean"].to(device),
         tensors["statistics.std"].to(device),
@@ -86,6 +105,13 @@ def from_tensors(
     }
     gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
     return TrainedRun(gate, experts, ExpertReader(partial(_from_memory, states), root, capacity, device), int(threads))
+
+
+def _require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        first = _PREFIX + missing[0]
+        raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {first!r}.")
 
 
 def _from_memory(states: Mapping[str, dict[str, Tensor]], artifact: Artifact) -> dict[str, Tensor]:

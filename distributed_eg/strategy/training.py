@@ -47,8 +47,6 @@ class StrategyTrainer:
             nonlocal recorder
             travelled = [metric for metric in metrics if metric is not None]
             recorder = RecordingLogger(metrics)
-            for metric in travelled:
-                metric.reset()
             return EvaluationPlugin(*travelled, loggers=[recorder], collect_all=self.collect_all)
 
         clock = Clock()

@@ -49,14 +49,24 @@ def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStr
         packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
     except PICKLE_ERRORS as error:
         raise InputError(_culprit(strategy, state, error)) from error
-    metrics: list[bytes | None] = []
-    for metric in strategy.evaluator.metrics:
-        try:
-            metrics.append(_dump(metric, strategy, _MetricPickler))
-        except PICKLE_ERRORS as error:
-            warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=3)
-            metrics.append(None)
-    return PackedStrategy(packed_class, packed_state, tuple(metrics))
+    known = {id(metric): packed for metric, packed in strategy.untouched}
+    metrics = strategy.evaluator.metrics
+    travelling = [known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in metrics]
+    return PackedStrategy(packed_class, packed_state, tuple(travelling))
+
+
+def pack_metrics(strategy: ExpertGateStrategy) -> list[tuple[Any, bytes | None]]:
+    """Each metric of the evaluator with its pickle as it is now: made when the strategy is, before a metric has seen
+    anything, so that every expert starts with metrics that remember no other task."""
+    return [(metric, _pack_metric(strategy, metric)) for metric in strategy.evaluator.metrics]
+
+
+def _pack_metric(strategy: ExpertGateStrategy, metric: Any) -> bytes | None:
+    try:
+        return _dump(metric, strategy, _MetricPickler)
+    except PICKLE_ERRORS as error:
+        warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=4)
+        return None
 
 
 def unpack(packed: PackedStrategy, model: nn.Module, expert: nn.Module, evaluator_of: Any, clock: Any) -> Any:
@@ -64,12 +74,12 @@ def unpack(packed: PackedStrategy, model: nn.Module, expert: nn.Module, evaluato
 
     ``evaluator_of`` makes the evaluator from the list of metrics (None where one did not travel).
     """
-    own: dict[str, Any] = {"model": model, "clock": clock, "logger": None}
+    # The class comes first: metrics and state may refer to the strategy itself.
+    cls = pickle.loads(packed.cls)
+    strategy = cls.__new__(cls)
+    own: dict[str, Any] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
     metrics = [None if metric is None else _load(metric, own, expert) for metric in packed.metrics]
     own["evaluator"] = evaluator_of(metrics)
-    # The class comes first: the state may refer to the strategy itself.
-    cls = pickle.loads(packed.cls)
-    own["strategy"] = strategy = cls.__new__(cls)
     vars(strategy).update(_load(packed.state, own, expert))
     return strategy
 

@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 
 from distributed_eg.errors import InputError
 from distributed_eg.method.backbone import Backbone
+from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.requests import TaskData, TaskInput, WorkerSetup
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.reading import ExpertReader
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import load_tensors
-from distributed_eg.types import TaskId
+from distributed_eg.types import derive_seed
 
 
 class WorkerContext:
@@ -69,13 +70,13 @@ class WorkerContext:
         features: Tensor = self.backbone(images.to(self.device, torch.float32))
         return features
 
-    def scratch_file(self, task: TaskId, part: str) -> Path:
-        """Where a task's features of ``part`` ("train" or "valid") are kept while they are needed."""
-        return self.scratch / f"{task:05d}-{part}.arrow"
+    def scratch_file(self, key: str, part: str) -> Path:
+        """Where the features of ``part`` ("train" or "valid") of a task's input are kept while they are needed."""
+        return self.scratch / f"{key}-{part}.arrow"
 
     def feature_file(self, task_input: TaskInput, part: str, statistics: StatisticsRecord | None) -> FeatureFile:
         """A task's features, extracted again, bit for bit, where this node does not have them."""
-        path = self.scratch_file(task_input.task, part)
+        path = self.scratch_file(task_input.key, part)
         if not path.exists():
             data: TaskData = task_input.data.load(self.fetch)
             self.extract(task_input, data.gate_train if part == "train" else data.gate_valid, part)
@@ -97,11 +98,14 @@ class WorkerContext:
                     )
                 yield self.features(images, what)
 
-        return write_features(self.scratch_file(task_input.task, part), batches())
+        # A dataset may draw at random by itself: it must draw the same wherever and whenever it is read.
+        seed = derive_seed(self.setup.method.seed, task_input.task, f"features {part}")
+        with reproducible(seed, self.setup.threads):
+            return write_features(self.scratch_file(task_input.key, part), batches())
 
-    def drop_features(self, task: TaskId, part: str) -> None:
-        """Remove a task's features that nobody needs any more."""
-        self.scratch_file(task, part).unlink(missing_ok=True)
+    def drop_features(self, key: str, part: str) -> None:
+        """Remove features that nobody needs any more."""
+        self.scratch_file(key, part).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Remove this session's scratch folder from this node."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.requests import WorkerSetup
 from distributed_eg.runtime.session import Observer, Session
 from distributed_eg.store import layout
+from distributed_eg.store.reading import ExpertReader
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import save_tensors
 
@@ -37,6 +39,8 @@ class OpenRun:
         self.engine = engine
         self.session = session
         self.threads = setup.threads
+        self.reader: ExpertReader | None = None
+        """What the driver's model reads experts with, once it has a gate."""
         self._scratch_folder = setup.scratch_folder
 
     def close(self) -> None:
@@ -44,6 +48,11 @@ class OpenRun:
         self.engine.close()
         # Workers that went before they were asked could not clear it.
         shutil.rmtree(self._scratch_folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Close a run that did not come to be: its storage can be used again."""
+        self.close()
+        self.storage.delete(layout.RUN)
 
 
 def open_run(
@@ -57,7 +66,7 @@ def open_run(
     device: str | None,
     observer: Observer | None,
 ) -> OpenRun:
-    """Write what the run is, then start the engine.
+    """Start the engine, then write what the run is.
 
     Args:
         root: the pretrained root network; stored once and shipped to every worker.
@@ -67,13 +76,29 @@ def open_run(
         StorageError: the storage cannot be written, or already holds a run.
         ResourceError: the cluster cannot hold such workers.
     """
-    uri = cluster.storage or tempfile.mkdtemp(prefix="distributed-eg-run-")
+    uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
+    engine: Engine | None = None
     try:
         storage = Storage(uri)
         if storage.exists(layout.RUN):
             raise StorageError(f"The storage {uri!r} already holds a run; give another one, or remove it first.")
         run_id = uuid.uuid4().hex[:12]
+        engine = _engine(cluster, uri, run_id)
+        engine.start()
         artifact = save_tensors(storage, "root", root.state_dict())
+        shipped, _ = engine.shipper.ship(root, "the backbone")
+        setup = WorkerSetup(
+            storage_uri=uri,
+            session=uuid.uuid4().hex[:12],
+            scratch=cluster.scratch,
+            root=shipped,
+            feature_layer=feature_layer,
+            shape=shape,
+            method=method,
+            threads=cluster.threads,
+            max_resident_experts=cluster.max_resident_experts,
+            device=device,
+        )
         identity = {
             "run_id": run_id,
             "method": asdict(method),
@@ -82,31 +107,20 @@ def open_run(
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},
         }
+        # Last: a run that could not be started is none, and its storage can be used again.
         storage.write_record(layout.RUN, identity)
-        engine = _engine(cluster, uri, run_id)
-        try:
-            engine.start()
-            shipped, _ = engine.shipper.ship(root, "the backbone")
-            setup = WorkerSetup(
-                storage_uri=uri,
-                session=uuid.uuid4().hex[:12],
-                scratch=cluster.scratch,
-                root=shipped,
-                feature_layer=feature_layer,
-                shape=shape,
-                method=method,
-                threads=cluster.threads,
-                max_resident_experts=cluster.max_resident_experts,
-                device=device,
-            )
-            return OpenRun(storage, engine, Session(engine, setup, observer), setup)
-        except BaseException:
-            engine.close()
-            raise
+        return OpenRun(storage, engine, Session(engine, setup, observer), setup)
     except BaseException:
+        if engine is not None:
+            engine.close()
         if cluster.storage is None:
             shutil.rmtree(uri, ignore_errors=True)
         raise
+
+
+def _absolute(uri: str) -> str:
+    """A local path as every process on this machine understands it, whatever folder it was started in."""
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 def _engine(cluster: ClusterConfig, uri: str, run_id: str) -> Engine:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from distributed_eg.config import ClusterConfig
-from distributed_eg.errors import ResourceError, StorageError, WorkerLostError
+from distributed_eg.errors import ExpertGateError, InputError, ResourceError, WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi, Record
 from distributed_eg.runtime.engine import Ended, Joined, Lost, Report
 from distributed_eg.runtime.registry import Registry
@@ -109,11 +109,11 @@ class _RemoteCoordinator:
 def _call(reference: Any) -> Any:
     try:
         return ray.get(reference, timeout=_CALL_TIMEOUT_S)
-    except StorageError:  # what the coordinator raised; Ray adds its own traceback to a subclass of it
-        raise
+    except RayTaskError as error:  # what the coordinator raised, behind Ray's own subclass of it
+        raise error.cause if isinstance(error.cause, ExpertGateError) else error from None
     except GetTimeoutError as error:
         raise WorkerLostError(f"The coordinator has not answered for {_CALL_TIMEOUT_S:.0f} s.") from error
-    except RayActorError as error:
+    except RayError as error:
         raise WorkerLostError(f"The coordinator is gone: {error}") from error
 
 
@@ -149,7 +149,10 @@ class RayEngine:
         if not ray.is_initialized():
             address = self._config.address or os.environ.get("RAY_ADDRESS")
             if address:
-                ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
+                try:
+                    ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
+                except ConnectionError as error:
+                    raise ResourceError(f"No Ray cluster answers at {address!r}: {error}") from error
             else:
                 ray.init(
                     address="local",
@@ -159,6 +162,13 @@ class RayEngine:
                     logging_level=logging.WARNING,
                 )
             self._owns_ray = True
+        machines = {node["NodeManagerAddress"] for node in _alive_nodes()}
+        if len(machines) > 1 and self._config.storage is None:
+            self.close()
+            raise InputError(
+                f"The cluster has {len(machines)} machines: give ClusterConfig(storage=…), a folder or URI that all of "
+                "them see."
+            )
         self._refuse_infeasible()
         actor: Any = ray.remote(Coordinator)
         self._coordinator = actor.options(
@@ -252,7 +262,12 @@ class RayEngine:
         try:
             worker.node, pid = ray.get(worker.ready)
         except RayError as error:
-            raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
+            self._num_replaced += 1
+            if not (self._pool or self._starting) or self._num_replaced > _MAX_REPLACEMENTS:
+                raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
+            logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).splitlines()[0])
+            self._spawn()
+            return []
         self._pool[worker.name] = worker
         logger.debug("%s is ready: node %s, process %d", worker.name, worker.node, pid)
         return [Joined(worker.name, worker.node or "")]

@@ -75,7 +75,8 @@ class TaskInput:
     """One task of a stream, ready to be worked on.
 
     ``classes`` are those of all its versions; ``versions`` their numbers, this one's last. ``continues`` is the version
-    that autoencoder and expert go on from, None where both start anew.
+    that autoencoder and expert go on from, None where both start anew. ``key`` names its feature files: a number may
+    be used again after a failure, for other data.
     """
 
     task: TaskId
@@ -83,6 +84,7 @@ class TaskInput:
     classes: tuple[int, ...]
     data: Shipped
     experience: ExperienceInfo
+    key: str
     versions: tuple[TaskId, ...]
     continues: TaskId | None = None
 
@@ -190,6 +192,13 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True)
+class DropRequest:
+    """Remove a task's features from the node."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class CloseRequest:
     """Remove this session's scratch folder."""
 
@@ -201,6 +210,7 @@ Request: TypeAlias = (
     | RelateRequest
     | ExpertRequest
     | EvaluateRequest
+    | DropRequest
     | CloseRequest
 )
 

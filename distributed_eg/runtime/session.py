@@ -23,6 +23,7 @@ from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import (
     AutoencoderRequest,
     Done,
+    DropRequest,
     EvaluateRequest,
     EvaluateResult,
     ExpertRequest,
@@ -117,8 +118,9 @@ class Session:
         ``on_commit`` is told of each committed task and its training log, in task order.
 
         Raises:
-            TaskFailedError: tasks failed; every other task is committed. Where one task failed by an error of ours,
-                that error is raised itself.
+            TaskFailedError: tasks failed; every task that did not need a failed one is committed. Where one task failed
+                by an error of ours, that error is raised itself.
+            Exception: what ``inputs`` raised, once everything that it gave before is done.
         """
         self._engine.add_workers(self._setup, num_tasks)
         # A stream of unknown length may not fit in memory: it is read a little ahead of the work only.
@@ -127,8 +129,10 @@ class Session:
             self.registry.manifests, has_statistics=self.registry.statistics is not None, tasks_per_worker=ahead
         )
         training = _Training(self._engine, self.registry, machine, inputs, trainer, self._calls, self._observer)
-        training.run(on_commit)
-        self._engine.coordinator.export()
+        try:
+            training.run(on_commit)
+        finally:
+            self._engine.coordinator.export()
 
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
         """Carry out ``requests`` on the workers; results in their order."""
@@ -183,6 +187,8 @@ class _Training:
         self._machine = machine
         self._tasks: dict[TaskId, TaskInput] = {}
         self._versions: dict[TaskId, tuple[TaskId, ...]] = {}
+        self._workers_of: dict[TaskId, set[str]] = {}
+        self._input_error: Exception | None = None
         self._running: dict[int, RunStage] = {}
         self._timings: dict[TaskId, list[StageTiming]] = {}
         self._logs: dict[TaskId, Any] = {}
@@ -206,12 +212,18 @@ class _Training:
                 break
             for report in self._engine.wait():
                 events.extend(self._report(report))
+        if self._input_error is not None:
+            raise self._input_error
         if self._failures:
             self._raise_failures()
 
     def _perform(self, instruction: Instruction, order: deque[TaskId]) -> list[Event]:
         if isinstance(instruction, PullTask):
-            task_input = next(self._inputs, None)
+            try:
+                task_input = next(self._inputs, None)
+            except Exception as error:  # whatever the user's stream raises, what runs is finished and recorded first
+                self._input_error = error
+                task_input = None
             if task_input is None:
                 return [StreamEnded()]
             self._tasks[task_input.task] = task_input
@@ -220,12 +232,21 @@ class _Training:
             return [TaskArrived(task_input.task, task_input.continues)]
         if isinstance(instruction, ReportFailure):
             self._failures[instruction.task] = f"{instruction.stage.value}: {instruction.message}"
+            self._drop_features(instruction.task)
             return []
         call = next(self._calls)
         self._running[call] = instruction
+        self._workers_of.setdefault(instruction.task, set()).add(instruction.worker)
         self._tell(instruction, "started")
         self._engine.submit(call, instruction.worker, self._request(instruction))
         return []
+
+    def _drop_features(self, task: TaskId) -> None:
+        """Remove what a task's stages may have left on any node that they ran on."""
+        used = self._workers_of.pop(task, set())
+        workers = {w.node: w.worker for w in self._engine.workers() if w.worker in used}
+        for worker in workers.values():
+            self._engine.submit(next(self._calls), worker, DropRequest(self._tasks[task].key))
 
     def _request(self, run: RunStage) -> Request:
         task_input, registry = self._tasks[run.task], self._registry
@@ -319,6 +340,8 @@ class _Training:
         registry.manifests[task] = manifest
         registry.timings[task] = timings
         self._logs[task] = result.log
+        if len({worker.node for worker in self._engine.workers()}) > 1:
+            self._drop_features(task)
 
     def _tell(self, run: RunStage, state: Literal["started", "finished", "failed"], seconds: float = 0.0) -> None:
         label = self._tasks[run.task].label

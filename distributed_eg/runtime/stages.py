@@ -13,8 +13,10 @@ from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.standardize import Statistics, compute_statistics
 from distributed_eg.runtime.context import WorkerContext
+from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.requests import (
     AutoencoderRequest,
+    DropRequest,
     EvaluateRequest,
     EvaluateResult,
     ExpertJob,
@@ -41,7 +43,7 @@ _BLOCK_ROWS = 256
 _SMALL_FIRST_TASK = 50
 _LEARNT_SHARE = 0.95
 _ROOT_TASK = -1
-"""Stands for the reference dataset where a task's number is asked for: in seeds and scratch files."""
+"""Stands for the reference dataset where a seed asks for a task's number."""
 
 
 def extract_features(context: WorkerContext, request: FeaturesRequest) -> FeaturesResult:
@@ -66,7 +68,7 @@ def extract_features(context: WorkerContext, request: FeaturesRequest) -> Featur
 def fit_reference(context: WorkerContext, request: ReferenceRequest) -> StatisticsRecord:
     """Statistics of a reference dataset, and the autoencoder that makes the pretrained root a candidate."""
     dataset = request.data.load(context.fetch)
-    path = context.scratch_file(_ROOT_TASK, "train")
+    path = context.scratch_file("reference", "train")
     batches = (context.features(images, "the reference dataset") for images, _ in context.batches(dataset))
     write_features(path, batches)
     statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS))
@@ -92,7 +94,7 @@ def fit_task_autoencoder(context: WorkerContext, request: AutoencoderRequest) ->
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
     num_samples = len(features) + (0 if before is None else before.num_samples)
     record = AutoencoderRecord(task, request.input.label, config.kind, artifact, num_samples)
-    context.drop_features(task, "train")
+    context.drop_features(request.input.key, "train")
     return record
 
 
@@ -119,7 +121,7 @@ def relate_task(context: WorkerContext, request: RelateRequest) -> RelatednessRe
             own,
             100 * own / variance if variance else float("inf"),
         )
-    context.drop_features(task, "valid")
+    context.drop_features(request.input.key, "valid")
     return RelatednessRecord(task, choice, own, variance, tuple(rows))
 
 
@@ -150,6 +152,12 @@ def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult
     return ExpertResult(artifact, trained.distillation, trained.log)
 
 
+def drop_features(context: WorkerContext, request: DropRequest) -> None:
+    """Remove what a task left in this node's scratch folder."""
+    for part in ("train", "valid"):
+        context.drop_features(request.key, part)
+
+
 @torch.no_grad()
 def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult:
     """Route and predict; each image passes the backbone once, and each chosen expert once."""
@@ -162,7 +170,9 @@ def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult
     answered: set[int] = set()
     for first in range(request.first, request.last, request.batch_size):
         last = min(first + request.batch_size, request.last)
-        samples = [dataset[i] for i in range(first, last)]
+        # A dataset that draws by itself must draw the same however the experience is cut into requests.
+        with reproducible(derive_seed(context.setup.method.seed, -1, f"evaluate {first}"), context.setup.threads):
+            samples = [dataset[i] for i in range(first, last)]
         images, targets = dataset.collate_fn(samples)[:2]
         features = context.features(images, "the evaluated experience")
         images = images.to(context.device, torch.float32)

@@ -17,6 +17,7 @@ from distributed_eg.runtime.requests import (
     AutoencoderRequest,
     CloseRequest,
     Done,
+    DropRequest,
     EvaluateRequest,
     ExpertRequest,
     FeaturesRequest,
@@ -36,6 +37,7 @@ _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
     RelateRequest: stages.relate_task,
     ExpertRequest: stages.train_expert,
     EvaluateRequest: stages.evaluate,
+    DropRequest: stages.drop_features,
 }
 
 

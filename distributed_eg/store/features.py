@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distributed_eg.errors import StorageError
+from distributed_eg.errors import InputError, StorageError
 from distributed_eg.method.standardize import Statistics, standardize
 
 
@@ -23,6 +23,7 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
         The number of rows.
 
     Raises:
+        InputError: there is no row.
         StorageError: the scratch folder cannot be written or is full.
     """
     # A name of its own for each attempt: two may write the same features on one node.
@@ -41,12 +42,15 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
                 rows += len(values)
             if writer is not None:
                 writer.close()
-        partial.replace(path)
+        if rows:
+            partial.replace(path)
     except OSError as error:
         raise StorageError(f"The scratch folder {str(path.parent)!r} cannot be written: {error}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+    if rows == 0:
+        raise InputError("There are no images to take features of: a training or validation part is empty.")
     return rows
 
 

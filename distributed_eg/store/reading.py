@@ -65,6 +65,10 @@ class ExpertReader:
         self._statistics: dict[str, Statistics] = {}
         self._gate: tuple[GateRef, Gate] | None = None
 
+    def to(self, device: torch.device, root: nn.Module) -> ExpertReader:
+        """A reader of the same run for another device, with nothing in memory yet."""
+        return ExpertReader(self.load, root, self._capacity, device)
+
     def expert(self, ref: ExpertRef) -> Expert:
         """The expert in eval mode; shared, so that callers that train must copy it.
 

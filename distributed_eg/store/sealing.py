@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +130,39 @@ class Storage:
         return record
 
     def exists(self, path: str) -> bool:
-        """Whether a file of that name is there."""
-        return bool(self._fs.get_file_info(path).type == fs.FileType.File)
+        """Whether a file of that name is there.
+
+        Raises:
+            StorageError: that cannot be told.
+        """
+        with self._asking(path):
+            return bool(self._fs.get_file_info(path).type == fs.FileType.File)
 
     def list(self, path: str) -> list[str]:
-        """Names of the files and folders directly under ``path``, sorted; none where it does not exist."""
+        """Names of the files and folders directly under ``path``, sorted; none where it does not exist.
+
+        Raises:
+            StorageError: that cannot be told.
+        """
         selector = fs.FileSelector(path, allow_not_found=True)
-        return sorted(info.base_name for info in self._fs.get_file_info(selector))
+        with self._asking(path):
+            return sorted(info.base_name for info in self._fs.get_file_info(selector))
+
+    def delete(self, path: str) -> None:
+        """Remove a file.
+
+        Raises:
+            StorageError: it is not there, or may not be removed.
+        """
+        with self._asking(path):
+            self._fs.delete_file(path)
+
+    @contextlib.contextmanager
+    def _asking(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"The storage {self.uri!r} does not answer for {path!r}: {error}") from error
 
 
 def _write_local(target: Path, data: bytes) -> None:

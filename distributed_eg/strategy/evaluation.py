@@ -47,6 +47,8 @@ def ask_workers(
     requests: list[EvaluateRequest] = []
     counts, rights, held = [], [], []
     for experience, dataset in asked:
+        if len(dataset) == 0:
+            raise InputError(f"Experience {experience.current_experience} has no samples to evaluate; leave it out.")
         right = right_tasks(experience, dataset, registry)
         shipped, leaves = run.engine.shipper.ship(dataset, "the evaluation dataset")
         mine = _plan(shipped, right, batch_size, shards, gate_and_experts)

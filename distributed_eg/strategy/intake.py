@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
@@ -35,6 +36,17 @@ def check_experiences(
         known[part.label] = "in the same stream"
 
 
+def evaluation_parts(eval_streams: Streams | None) -> list[Part] | None:
+    """The parts of every experience in ``eval_streams``; None where it is None.
+
+    Raises:
+        InputError: an experience cannot be used.
+    """
+    if eval_streams is None:
+        return None
+    return [part for experience in _flat(eval_streams) for part in parts_of(experience)]
+
+
 class Intake:
     """Makes task inputs one by one; holds an experience, and the leaves that it ships, until its task is released.
 
@@ -42,7 +54,7 @@ class Intake:
         run: where the tasks are trained.
         method: the run's numbers.
         on_repeat: what a label that comes again means.
-        eval_streams: what experts are measured on while they train; None: their validation parts.
+        evaluations: what experts are measured on while they train; None: their validation parts.
         valid_stream: validation parts by index; None: the benchmark's own, else split off.
     """
 
@@ -51,15 +63,13 @@ class Intake:
         run: OpenRun,
         method: MethodConfig,
         on_repeat: OnRepeat,
-        eval_streams: Streams | None,
+        evaluations: Sequence[Part] | None,
         valid_stream: Iterable[CLExperience] | None,
     ) -> None:
         self._run = run
         self._method = method
         self._on_repeat = on_repeat
-        self._evaluations = (
-            None if eval_streams is None else [part for e in _flat(eval_streams) for part in parts_of(e)]
-        )
+        self._evaluations = evaluations
         self._valid_stream = valid_stream
         self._held: dict[TaskId, tuple[CLExperience, object]] = {}
         newest = run.session.registry.newest.values()
@@ -99,7 +109,7 @@ class Intake:
         data = task_data(part, task, method.seed, method.validation_fraction, valid=valid, evaluations=measured)
         shipped, leaves = self._run.engine.shipper.ship(data, f"the dataset of experience {part.info.index}")
         self._held[task] = (experience, leaves)
-        return TaskInput(task, part.label, classes, shipped, part.info, (*before, task), continues)
+        return TaskInput(task, part.label, classes, shipped, part.info, uuid.uuid4().hex, (*before, task), continues)
 
 
 def _flat(streams: Streams) -> Iterator[CLExperience]:

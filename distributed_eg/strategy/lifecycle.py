@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from torch.utils.data import Dataset
 
 from distributed_eg.config import ClusterConfig, MethodConfig
@@ -16,6 +17,7 @@ from distributed_eg.runtime.opening import OpenRun, open_run
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.session import Observer
 from distributed_eg.store.reading import ExpertReader, Reference
+from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.trained import TrainedRun
@@ -65,9 +67,18 @@ def attach_model(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resi
     """Hand ``model`` the gate over all sealed tasks, and where to read their experts."""
     registry = run.session.registry
     if registry.manifests:
-        reader = ExpertReader(partial(load_tensors, run.storage), model.expert, max_resident_experts, model.device)
-        gate = reader.gate(registry.gate_ref(method))
-        model.attach(TrainedRun(gate, registry.expert_refs(), reader, run.threads))
+        if run.reader is None:
+            load = partial(load_tensors, run.storage)
+            run.reader = ExpertReader(load, model.expert, max_resident_experts, model.device)
+        gate = run.reader.gate(registry.gate_ref(method))
+        model.attach(TrainedRun(gate, registry.expert_refs(), run.reader, run.threads))
+
+
+def tables(run: OpenRun | None) -> tuple[pa.Table, pa.Table]:
+    """Registry and relatedness table; empty before there is a run."""
+    if run is None:
+        return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
+    return run.session.registry.tables()
 
 
 def warn_of_unequal_tasks(registry: Registry) -> None:

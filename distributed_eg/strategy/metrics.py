@@ -70,13 +70,14 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
 class GateConfusionMatrix(PluginMetric[Tensor]):
     """How often samples of one task went to the expert of another, over an evaluated stream.
 
-    Its value is an int64 tensor (n, n) over the tasks in ascending order: rows are the right tasks, columns the chosen
-    ones. Samples that belong to no trained task are left out.
+    Its value is an int64 tensor (n, n) over the trained tasks, in the order of ``strategy.registry``: rows are the
+    right tasks, columns the chosen ones. Samples that belong to no trained task are left out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._counts: Counter[tuple[int, int]] = Counter()
+        self._tasks: list[int] = []
 
     def reset(self) -> None:
         """Forget every sample."""
@@ -84,8 +85,8 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
 
     def result(self) -> Tensor:
         """The matrix so far."""
-        tasks = sorted({task for pair in self._counts for task in pair})
-        return torch.tensor([[self._counts[right, chosen] for chosen in tasks] for right in tasks], dtype=torch.int64)
+        rows = [[self._counts[right, chosen] for chosen in self._tasks] for right in self._tasks]
+        return torch.tensor(rows, dtype=torch.int64)
 
     def before_eval(self, strategy: Any) -> None:
         """A stream begins."""
@@ -102,6 +103,7 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
         """A stream has ended: say the matrix."""
         if not self._counts:
             return None
+        self._tasks = strategy.registry["task"].to_pylist()
         name = get_metric_name(self, strategy, add_experience=False, add_task=False)
         return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
 

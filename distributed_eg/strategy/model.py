@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,6 +148,15 @@ class ExpertGate(nn.Module):
             raise InputError("The model has no gate yet: train it with ExpertGateStrategy.")
         with torch.no_grad(), reproducible(0, self._run.threads):
             return self._route(self._run, x.to(self.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertGate:
+        """As in torch; gate and experts follow the root network to its device."""
+        super()._apply(fn, recurse)
+        device = next((parameter.device for parameter in self.expert.parameters()), self.device)
+        if device != self.device:
+            self.device = device
+            self._run = None if self._run is None else self._run.to(device, self.expert)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The root network's tensors, and after training the gate's and every expert's."""

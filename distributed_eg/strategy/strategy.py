@@ -29,11 +29,10 @@ from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.session import Observer
 from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
-from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.strategy.checks import check_optimizer, takes_infinities, warn_of_memory
 from distributed_eg.strategy.evaluation import Answers, ask_workers
-from distributed_eg.strategy.intake import Intake, Streams, check_experiences
-from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, warn_of_unequal_tasks
+from distributed_eg.strategy.intake import Intake, Streams, check_experiences, evaluation_parts
+from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, tables, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
@@ -194,25 +193,19 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
-        own = [] if any(str(m) == "Gate_Acc_Exp" for m in self.evaluator.metrics) else own_metrics()
-        self._reporter = GateReporter(own)
+        named = {str(metric) for metric in self.evaluator.metrics}
+        self._reporter = GateReporter([metric for metric in own_metrics() if str(metric) not in named])
         self.untouched = pack_metrics(self)
-
-    # What users look at
 
     @property
     def registry(self) -> pa.Table:
         """One row a task: task, label, parent (null: the root), transfer, num_classes, hashes, train_s, worker."""
-        if self._open is None:
-            return REGISTRY_SCHEMA.empty_table()
-        return self._open.session.registry.tables()[0]
+        return tables(self._open)[0]
 
     @property
     def relatedness(self) -> pa.Table:
         """One row a task and candidate (null: the root): errors, unit, relatedness, which was chosen, and how."""
-        if self._open is None:
-            return RELATEDNESS_SCHEMA.empty_table()
-        return self._open.session.registry.tables()[1]
+        return tables(self._open)[1]
 
     @property
     def run_dir(self) -> str | None:
@@ -222,8 +215,6 @@ class ExpertGateStrategy(SupervisedTemplate):
     def workers(self) -> list[Joined]:
         """Name and node of each worker that is up; none before the first ``train``."""
         return [] if self._open is None else self._open.engine.workers()
-
-    # Training
 
     def train(
         self,
@@ -249,18 +240,20 @@ class ExpertGateStrategy(SupervisedTemplate):
             The last value of every metric.
 
         Raises:
-            InputError: an experience cannot be used; nothing was changed.
-            TaskFailedError: tasks failed; every other task is committed.
+            InputError: an experience cannot be used; those before it in the stream are committed, and nothing was begun
+                where the stream's length is known.
+            TaskFailedError: tasks failed; every task that did not need a failed one is committed.
         """
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
             known = {} if self._open is None else self._open.session.registry.newest
             check_experiences(sized, known, self.on_repeat)
-        run = self._opened()
         trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
+        evaluations = evaluation_parts(eval_streams)
+        run = self._opened()
         shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
-        intake = Intake(run, self.method, self.on_repeat, eval_streams, valid_stream)
+        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream)
         num_tasks = len(sized) if isinstance(sized, list) else None
 
         def on_commit(manifest: TaskManifest, log: Any) -> None:
@@ -289,8 +282,6 @@ class ExpertGateStrategy(SupervisedTemplate):
         streams = group_by_stream(evaluations) if self.eval_every > -1 else []
         super().train([experience], eval_streams=streams, **loader_args)
 
-    # Evaluation
-
     @torch.no_grad()
     def eval(self, exp_list: CLExperience | Iterable[CLExperience], **kwargs: Any) -> dict[str, Any]:
         """Evaluate on one experience, a list or a stream; each sample is routed by itself.
@@ -305,6 +296,8 @@ class ExpertGateStrategy(SupervisedTemplate):
                 return super().eval(exp_list, **kwargs)
         if self._open is None or not self._open.session.registry.manifests:
             return super().eval(exp_list, **kwargs)
+        if self._finalizer is None or not self._finalizer.alive:
+            raise InputError("This strategy was closed; predict with strategy.model, or ExpertGate.load(run_dir).")
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
@@ -312,6 +305,9 @@ class ExpertGateStrategy(SupervisedTemplate):
         self.plugins.insert(0, self._reporter)
         try:
             return super().eval(experiences, **kwargs)
+        except BaseException:
+            self._eval_cleanup()
+            raise
         finally:
             self.plugins.remove(self._reporter)
             self.routed = None
@@ -349,8 +345,6 @@ class ExpertGateStrategy(SupervisedTemplate):
             raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
         return loss
 
-    # The run behind it
-
     def save_reference(self, path: str | Path) -> None:
         """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
 
@@ -383,9 +377,13 @@ class ExpertGateStrategy(SupervisedTemplate):
         if self._open is not None:
             raise InputError("This strategy was closed; make a new one.")
         run = start_run(self.model, self.cluster, self.method, self._asked_device, self.observer)
+        try:
+            adopt_reference(run, self.reference, self.method.autoencoder.kind)
+        except BaseException:
+            run.discard()
+            raise
         self._finalizer = weakref.finalize(self, run.close)
         self._open = run
-        adopt_reference(run, self.reference, self.method.autoencoder.kind)
         return run
 
     def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:

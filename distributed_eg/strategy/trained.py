@@ -36,6 +36,14 @@ class TrainedRun:
         """Columns of the model's output: the highest class id and one."""
         return 1 + max(max(ref.classes) for ref in self.experts.values())
 
+    def to(self, device: torch.device, root: nn.Module) -> TrainedRun:
+        """The same run on another device, where ``root`` is already."""
+        gate, old = self.gate, self.gate.statistics
+        statistics = Statistics(old.mean.to(device), old.std.to(device), old.num_samples)
+        autoencoders = {t: a.to(device) for t, a in zip(gate.tasks, gate.autoencoders, strict=True)}
+        moved = make_gate(autoencoders, statistics, gate.temp, gate.confidence_threshold)
+        return TrainedRun(moved, self.experts, self.reader.to(device, root), self.threads)
+
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
         """Everything, experts included, as tensors by name: what ``state_dict`` holds beside the root network."""
         gate, statistics = self.gate, self.gate.statistics

@@ -45,6 +45,9 @@ def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStr
         InputError: a plugin, or an attribute of a subclass, cannot be pickled; it is named.
     """
     state = {name: value for name, value in vars(strategy).items() if name not in driver_only}
+    # What an interrupted loop left behind is no part of the strategy, and may be whole datasets.
+    state |= {name: None for name in ("experience", "adapted_dataset", "mbatch", "mb_output")}
+    state |= {"dataloader": [], "current_eval_stream": [], "is_training": False}
     try:
         packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
     except PICKLE_ERRORS as error:

@@ -57,7 +57,7 @@ def expert_of_child(strategy: ExpertGateStrategy, transfer: str, perturb: str | 
     shipper = strategy._open.engine.shipper
     data, _held = shipper.ship(task_data(parts_of(experience)[0], 4, 0, 0.1), "data")
     trainer, _ = shipper.ship(StrategyTrainer(pack(strategy, _DRIVER_ONLY), True, {}), "trainer")
-    task_input = TaskInput(4, 4, parts_of(experience)[0].classes, data, info_of(experience), (4,))
+    task_input = TaskInput(4, 4, parts_of(experience)[0].classes, data, info_of(experience), "k4", (4,))
     choice = TransferChoice(0, transfer)  # type: ignore[arg-type]
     done = worker_of(strategy).run(ExpertRequest(task_input, choice, ExpertRef(artifact, parent.classes), trainer))
     assert isinstance(done, Done), done.message if isinstance(done, Raised) else done
@@ -122,21 +122,21 @@ def test_features_that_are_gone_are_extracted_again(trained: ExpertGateStrategy)
     context = worker_of(trained)._context
     experience = tiny_benchmark(DOMAINS).train_stream[0]
     shipped, _held = trained._open.engine.shipper.ship(task_data(parts_of(experience)[0], 0, 0, 0.1), "data")
-    task_input = TaskInput(0, 0, parts_of(experience)[0].classes, shipped, info_of(experience), (0,))
+    task_input = TaskInput(0, 0, parts_of(experience)[0].classes, shipped, info_of(experience), "k0", (0,))
     assert isinstance(worker_of(trained).run(FeaturesRequest(task_input, False)), Done)
-    first = context.scratch_file(0, "train").read_bytes()
-    context.drop_features(0, "train")
+    first = context.scratch_file("k0", "train").read_bytes()
+    context.drop_features("k0", "train")
     assert len(context.feature_file(task_input, "train", None)) == 54
-    assert context.scratch_file(0, "train").read_bytes() == first
-    context.drop_features(0, "train")
-    context.drop_features(0, "valid")
+    assert context.scratch_file("k0", "train").read_bytes() == first
+    context.drop_features("k0", "train")
+    context.drop_features("k0", "valid")
 
 
 def test_a_stage_that_raises_becomes_a_value(trained: ExpertGateStrategy) -> None:
     assert trained._open is not None
     experience = tiny_benchmark(DOMAINS).train_stream[0]
     shipped, _held = trained._open.engine.shipper.ship(task_data(parts_of(experience)[0], 9, 0, 0.1), "data")
-    task_input = TaskInput(9, 9, (5, 6), shipped, info_of(experience), (9,))
+    task_input = TaskInput(9, 9, (5, 6), shipped, info_of(experience), "k9", (9,))
     raised = worker_of(trained).run(FeaturesRequest(task_input, False))
     assert isinstance(raised, Raised)
     assert "hold the class 0" in raised.message

@@ -69,10 +69,9 @@ class Display:
             "task", "parent", "transfer", "related", "gate", "expert", "end to end", title="Accuracy on unseen images"
         )
         for task in outcome.tasks:
-            parent = "root" if task.parent is None else f"{task.parent} {outcome.tasks[task.parent].name}"
             table.add_row(
                 f"{task.task} {task.name}",
-                parent,
+                "root" if task.parent is None else str(task.parent),
                 task.transfer,
                 _relatedness(task),
                 f"{task.gate_accuracy:.3f}",

@@ -108,3 +108,24 @@ def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, 
     """Everything that must not depend on where a run ran, as JSON values."""
     registry = strategy.registry.drop_columns(["train_s", "worker"]).to_pylist()
     return {"registry": registry, "relatedness": strategy.relatedness.to_pylist(), "metrics": metrics}
+
+
+SEED_METHODS = (
+    "backward",
+    "check_model_and_optimizer",
+    "criterion",
+    "eval",
+    "eval_dataset_adaptation",
+    "eval_epoch",
+    "forward",
+    "make_eval_dataloader",
+    "make_optimizer",
+    "make_train_dataloader",
+    "model_adaptation",
+    "optimizer_step",
+    "stop_training",
+    "train",
+    "train_dataset_adaptation",
+    "training_epoch",
+)
+"""The seed's methods, but for ``__init__``."""

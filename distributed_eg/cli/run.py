@@ -11,6 +11,7 @@ import tyro
 
 from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
 from distributed_eg.config import ClusterConfig, Engine
+from distributed_eg.errors import InputError
 from distributed_eg.types import AutoencoderKind
 
 _NEAR_TIE = 0.001
@@ -113,6 +114,9 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Train a sequence of image tasks on worker actors, then route unseen images to the right expert."""
     from distributed_eg.cli.display import Display
 
+    for name, least in (("epochs", 0), ("batch_size", 1), ("lr", 0)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
     if options.benchmark not in BENCHMARKS:
         make_benchmark(options.benchmark)  # says which names there are
     storage = options.storage or f"runs/{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -59,11 +59,6 @@ def stack_autoencoders(autoencoders: Sequence[Autoencoder]) -> AutoencoderStack:
     return SgdStack(cast("Sequence[SgdAutoencoder]", autoencoders))
 
 
-def reconstruction_errors(autoencoders: Sequence[Autoencoder], features: Tensor) -> Tensor:
-    """``stack_autoencoders(autoencoders).errors(features)``, for one batch."""
-    return stack_autoencoders(autoencoders).errors(features)
-
-
 def relatedness_unit(kind: AutoencoderKind) -> RelatednessUnit:
     """What differences of errors are divided by: the paper's Er_k for "sgd"; the task's own variance for "linear",
     whose Er_k is so small that 0.85 would never be reached."""

@@ -8,14 +8,7 @@ from typing import Protocol, TypeAlias
 from distributed_eg.runtime.coordinator import CoordinatorApi
 from distributed_eg.runtime.requests import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """A worker is ready; ``node`` is where its scratch folder lies."""
-
-    worker: str
-    node: str
+from distributed_eg.schedule.events import WorkerJoined
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +29,7 @@ class Ended:
     outcome: Done | Raised
 
 
-Report: TypeAlias = Joined | Lost | Ended
+Report: TypeAlias = WorkerJoined | Lost | Ended
 
 
 class Engine(Protocol):
@@ -53,13 +46,13 @@ class Engine(Protocol):
         """
 
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
-        """Bring the pool to its size for ``num_tasks`` tasks (None: unknown); workers report ``Joined`` when ready.
+        """Bring the pool to its size for ``num_tasks`` tasks (None: unknown); a ready worker reports ``WorkerJoined``.
 
         Raises:
             ResourceError: no node can hold such a worker.
         """
 
-    def workers(self) -> list[Joined]:
+    def workers(self) -> list[WorkerJoined]:
         """Workers that are ready."""
 
     def submit(self, call: int, worker: str, request: Request) -> None:

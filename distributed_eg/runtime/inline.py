@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
-from distributed_eg.runtime.engine import Ended, Joined, Report
+from distributed_eg.runtime.engine import Ended, Report
 from distributed_eg.runtime.requests import CloseRequest, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.runtime.worker import TaskWorker
+from distributed_eg.schedule.events import WorkerJoined
 
 _WORKER = "inline"
 _NODE = "here"
@@ -39,11 +40,11 @@ class InlineEngine:
         if self._worker is None:
             cuda = "cuda" if torch.cuda.is_available() else "cpu"
             self._worker = TaskWorker(setup, lambda data: data, torch.device(setup.device or cuda))
-            self._reports.append(Joined(_WORKER, _NODE))
+            self._reports.append(WorkerJoined(_WORKER, _NODE))
 
-    def workers(self) -> list[Joined]:
+    def workers(self) -> list[WorkerJoined]:
         """This process, once it is a worker."""
-        return [] if self._worker is None else [Joined(_WORKER, _NODE)]
+        return [] if self._worker is None else [WorkerJoined(_WORKER, _NODE)]
 
     def submit(self, call: int, worker: str, request: Request) -> None:
         """Queue a call; ``wait`` carries it out."""

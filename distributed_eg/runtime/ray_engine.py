@@ -22,11 +22,12 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from distributed_eg.config import ClusterConfig
 from distributed_eg.errors import ExpertGateError, InputError, ResourceError, WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi, Record
-from distributed_eg.runtime.engine import Ended, Joined, Lost, Report
+from distributed_eg.runtime.engine import Ended, Lost, Report
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import CloseRequest, Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.runtime.worker import TaskWorker
+from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.store.records import StageTiming
 from distributed_eg.store.sealing import Artifact
 from distributed_eg.types import TaskId
@@ -196,9 +197,9 @@ class RayEngine:
         while len(self._pool) + len(self._starting) < max(1, wanted):
             self._spawn()
 
-    def workers(self) -> list[Joined]:
+    def workers(self) -> list[WorkerJoined]:
         """Workers that are ready."""
-        return [Joined(worker.name, worker.node or "") for worker in self._pool.values()]
+        return [WorkerJoined(worker.name, worker.node or "") for worker in self._pool.values()]
 
     def submit(self, call: int, worker: str, request: Request) -> None:
         """Begin a call on a worker."""
@@ -270,7 +271,7 @@ class RayEngine:
             return []
         self._pool[worker.name] = worker
         logger.debug("%s is ready: node %s, process %d", worker.name, worker.node, pid)
-        return [Joined(worker.name, worker.node or "")]
+        return [WorkerJoined(worker.name, worker.node or "")]
 
     def _ended(self, worker: _Worker, reference: Any) -> Report:
         call = worker.calls.pop(reference)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distributed_eg.errors import ExpertGateError, TaskFailedError
-from distributed_eg.runtime.engine import Ended, Engine, Joined, Lost
+from distributed_eg.runtime.engine import Ended, Engine, Lost
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import (
     AutoencoderRequest,
@@ -152,7 +152,7 @@ class Session:
                 running[call] = index
                 self._engine.submit(call, idle.popleft(), request)
             for report in self._engine.wait():
-                if isinstance(report, Joined):
+                if isinstance(report, WorkerJoined):
                     idle.append(report.worker)
                 elif isinstance(report, Lost):
                     for call in [call for call in running if call in report.calls]:
@@ -198,7 +198,7 @@ class _Training:
     def run(self, on_commit: OnCommit) -> None:
         """Until the stream has ended and nothing runs any more."""
         order: deque[TaskId] = deque()
-        events: deque[Event] = deque(WorkerJoined(w.worker, w.node) for w in self._engine.workers())
+        events: deque[Event] = deque(self._engine.workers())
         while True:
             while events:
                 for instruction in self._machine.handle(events.popleft()):
@@ -282,9 +282,9 @@ class _Training:
         manifest = self._registry.manifests.get(task)
         return (self._versions[task] if manifest is None else manifest.versions)[0]
 
-    def _report(self, report: Joined | Lost | Ended) -> list[Event]:
-        if isinstance(report, Joined):
-            return [WorkerJoined(report.worker, report.node)]
+    def _report(self, report: WorkerJoined | Lost | Ended) -> list[Event]:
+        if isinstance(report, WorkerJoined):
+            return [report]
         if isinstance(report, Lost):
             for call in report.calls:
                 self._running.pop(call, None)

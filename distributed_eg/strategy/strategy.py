@@ -24,9 +24,9 @@ from torch.utils.data import Dataset
 
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.engine import Joined
 from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.session import Observer
+from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.strategy.checks import check_optimizer, takes_infinities, warn_of_memory
@@ -212,7 +212,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         """The run directory's path or URI; None before the first ``train``."""
         return None if self._open is None else self._open.storage.uri
 
-    def workers(self) -> list[Joined]:
+    def workers(self) -> list[WorkerJoined]:
         """Name and node of each worker that is up; none before the first ``train``."""
         return [] if self._open is None else self._open.engine.workers()
 

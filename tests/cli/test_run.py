@@ -80,6 +80,7 @@ def test_people_see_progress_a_table_and_the_run_directory(
         (["--benchmark", "split-mnits"], "split-mnist"),
         (["--benchmark", "split-mnist", "--data", "nowhere"], "--download"),
         (["--arch", "alexnett"], "'alexnett' is unknown"),
+        (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -20,27 +20,9 @@ from avalanche.training.templates.base import PositionalArgumentsDeprecatedWarni
 
 import distributed_eg
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
-from tests.helpers import INLINE, SHAPE, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import INLINE, SEED_METHODS, SHAPE, tiny_benchmark, tiny_net, tiny_strategy
 
-METHODS = (
-    "__init__",
-    "backward",
-    "check_model_and_optimizer",
-    "criterion",
-    "eval",
-    "eval_dataset_adaptation",
-    "eval_epoch",
-    "forward",
-    "make_eval_dataloader",
-    "make_optimizer",
-    "make_train_dataloader",
-    "model_adaptation",
-    "optimizer_step",
-    "stop_training",
-    "train",
-    "train_dataset_adaptation",
-    "training_epoch",
-)
+METHODS = ("__init__", *SEED_METHODS)
 ATTRIBUTES = (
     "is_eval",
     "mbatch",

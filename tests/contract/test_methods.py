@@ -29,31 +29,12 @@ from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import InputError
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.weights import load_tensors
-from tests.helpers import INLINE, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import INLINE, SEED_METHODS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-METHODS = (
-    "backward",
-    "check_model_and_optimizer",
-    "criterion",
-    "eval",
-    "eval_dataset_adaptation",
-    "eval_epoch",
-    "forward",
-    "make_eval_dataloader",
-    "make_optimizer",
-    "make_train_dataloader",
-    "model_adaptation",
-    "optimizer_step",
-    "stop_training",
-    "train",
-    "train_dataset_adaptation",
-    "training_epoch",
-)
-"""The seed's methods, but for ``__init__``."""
-AROUND_AN_EXPERT = tuple(name for name in METHODS if name != "train")
+AROUND_AN_EXPERT = tuple(name for name in SEED_METHODS if name != "train")
 """Those that are called where the expert trains; ``train`` is the driver's, over all tasks."""
 
 
@@ -84,7 +65,7 @@ class Calls(ExpertGateStrategy):
     folder: Path
 
 
-for _name in METHODS:
+for _name in SEED_METHODS:
     setattr(Calls, _name, spied(_name))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distributed_eg.method.autoencoder import Autoencoder, stack_autoencoders
 from distributed_eg.method.backbone import build_network
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder, fit_linear
 
@@ -105,3 +106,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         content.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         content.update(tensor.detach().contiguous().numpy().tobytes())
     return content.hexdigest()
+
+
+def reconstruction_errors(autoencoders: Sequence[Autoencoder], features: Tensor) -> Tensor:
+    """Errors of one batch, through the stack that the gate uses."""
+    return stack_autoencoders(autoencoders).errors(features)

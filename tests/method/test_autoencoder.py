@@ -11,14 +11,13 @@ from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.autoencoder import (
     autoencoder_from_tensors,
     fit_autoencoder,
-    reconstruction_errors,
     relatedness_unit,
     stack_autoencoders,
 )
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.types import AutoencoderKind
-from tests.method.helpers import Rows, digest, subspace_rows
+from tests.method.helpers import Rows, digest, reconstruction_errors, subspace_rows
 
 KINDS: list[AutoencoderKind] = ["sgd", "linear"]
 CLASSES = {"sgd": SgdAutoencoder, "linear": LinearAutoencoder}

@@ -404,8 +404,12 @@ def test_features_of_an_image_do_not_depend_on_the_others() -> None:
 def test_layers_behind_the_features_are_not_computed() -> None:
     network = net()
     backbone = Backbone(network, "body", IMAGE)
-    network.head.register_forward_hook(lambda *_: pytest.fail("the head was computed"))
+    computed: list[str] = []
+    network.head.register_forward_hook(lambda *_: computed.append("head"))
     backbone(images(1))
+    assert computed == []
+    network(images(1))
+    assert computed == ["head"], "the hook does see the head"
 
 
 def test_an_in_place_layer_behind_does_not_change_the_features() -> None:

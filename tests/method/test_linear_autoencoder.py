@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from distributed_eg.errors import DivergedError, InputError
-from distributed_eg.method.autoencoder import reconstruction_errors
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder, fit_linear
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
-from tests.method.helpers import Rows, decaying_rows, digest, fitted_linear, float64, subspace_rows
+from tests.method.helpers import (
+    Rows,
+    decaying_rows,
+    digest,
+    fitted_linear,
+    float64,
+    reconstruction_errors,
+    subspace_rows,
+)
 
 
 def exact(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,9 +14,8 @@ from torch import Tensor
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import DivergedError
 from distributed_eg.method import sgd_autoencoder
-from distributed_eg.method.autoencoder import reconstruction_errors
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder, fit_sgd
-from tests.method.helpers import Rows, digest, float64, subspace_rows
+from tests.method.helpers import Rows, digest, float64, reconstruction_errors, subspace_rows
 
 PAPER = AutoencoderConfig(latent_dim=24, lr=1e-2, epochs=20, batch_size=12, optimizer="adagrad")
 
@@ -78,11 +77,12 @@ def test_fitting_warns_of_nothing() -> None:
     """Not even once a process, as torch does: a user who turns warnings into errors could not train."""
     torch.set_warn_always(True)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             fit_sgd(config(), Rows(subspace_rows(8, 10, domain=1, seed=0)), seed=0)
     finally:
         torch.set_warn_always(False)
+    assert [str(warning.message) for warning in told] == []
 
 
 def test_own_task_is_reconstructed_and_another_is_not() -> None:

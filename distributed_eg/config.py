@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributed_eg.errors import InputError
-from distributed_eg.types import AutoencoderKind
+from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 Engine = Literal["ray", "inline"]
 AutoencoderOptimizer = Literal["sgd", "adagrad", "adam"]
@@ -22,8 +22,9 @@ class ClusterConfig:
     address: str | None = None
     """A Ray cluster to attach to; else RAY_ADDRESS where set; else Ray is started on this machine and stopped at
     close()."""
-    num_workers: int | None = None
-    """Worker actors. None: one per GPU share that the cluster has, else one per CPU share, at most one a task."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Worker actors. "auto": one per GPU share that the cluster has, else one per CPU share, at most one a task; nodes
+    that join later bring more."""
     cpus_per_worker: float = 1
     gpus_per_worker: float | None = None
     """GPUs (fractions allowed) that each worker holds. None: 1 where the cluster has GPUs, else 0."""
@@ -37,20 +38,40 @@ class ClusterConfig:
     max_resident_experts: int = 4
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
-    """How long to wait for workers that the cluster can hold but has no room for yet."""
+    """How long to wait, without any worker, for room that the cluster has but that is taken."""
+    resume: bool = False
+    """Go on with the run that ``storage`` holds, where it holds one: give ``train`` the same stream again. What is
+    sealed is kept; other settings, data or another backbone are refused."""
+    on_task_failure: OnTaskFailure = "continue"
+    """``"continue"``: tasks that do not need a failed one are trained. ``"stop"``: what runs is finished, nothing new
+    is begun. Either way ``train`` raises at the end, and the run can be resumed."""
+    stage_timeout_s: float | None = None
+    """Longest that one stage of one task may take; its worker is ended then, and the stage tried once more. None: no
+    limit, for only you know how long an expert trains."""
+    checkpoint_every_s: float = 60
+    """How much of an expert's training may be lost when its worker is: its state is kept in the run directory at the
+    first end of an epoch after this time, and a retried expert goes on from there. 0: after every epoch."""
 
     def __post_init__(self) -> None:
         if self.engine not in ("ray", "inline"):
             raise InputError(f"ClusterConfig.engine is {self.engine!r}; it must be 'ray' or 'inline'.")
-        if self.engine == "inline" and (self.address is not None or (self.num_workers or 1) != 1):
+        if self.on_task_failure not in ("continue", "stop"):
+            raise InputError(
+                f"ClusterConfig.on_task_failure is {self.on_task_failure!r}; it must be 'continue' or 'stop'."
+            )
+        if self.resume and self.storage is None:
+            raise InputError("ClusterConfig(resume=True) needs storage=…, the run directory to go on with.")
+        if self.engine == "inline" and (self.address is not None or self.num_workers not in ("auto", 1)):
             raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
         for name in ("num_workers", "threads", "max_resident_experts"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"ClusterConfig.{name} is {value}; it must be at least 1.")
-        for name in ("cpus_per_worker", "gpus_per_worker"):
+            if value != "auto" and (isinstance(value, str) or value < 1):
+                raise InputError(f"ClusterConfig.{name} is {value!r}; it must be at least 1.")
+        if self.stage_timeout_s is not None and self.stage_timeout_s <= 0:
+            raise InputError(f"ClusterConfig.stage_timeout_s is {self.stage_timeout_s}; it must be positive, or None.")
+        for name in ("cpus_per_worker", "gpus_per_worker", "checkpoint_every_s"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise InputError(f"ClusterConfig.{name} is {value}; it must not be negative.")
 
 

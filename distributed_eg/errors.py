@@ -2,10 +2,14 @@
 
 ExpertGateError
 ├── InputError (ValueError)        what the caller gave cannot be used; nothing was changed
-│   └── BackboneError              the backbone, its weights, its feature layer or its input shape
-├── StorageError (OSError)         the run directory cannot be written or read, or its content is damaged
+│   ├── BackboneError              the backbone, its weights, its feature layer or its input shape
+│   └── ResumeError                a run cannot be resumed with other settings, data or backbone than it was begun with
+├── StorageError (OSError)         the run directory cannot be written or read
+│   ├── DamagedFileError           a file in it is missing, torn or altered
+│   └── RunInUseError              another driver works on it
 ├── ResourceError (RuntimeError)   the cluster cannot provide what was asked for
 ├── WorkerLostError (RuntimeError) a worker process or its node went away
+├── StoppedError (RuntimeError)    a stage ended early because its driver was told to stop
 ├── HookError (RuntimeError)       a plugin, a metric or a method of the user's own raised on a worker
 ├── DivergedError (ArithmeticError) the loss of a task's training is not finite
 └── TaskFailedError (RuntimeError) one or more tasks could not be trained; the others are committed
@@ -26,8 +30,20 @@ class BackboneError(InputError):
     """The backbone is unknown, or its weights, feature layer or input shape do not fit."""
 
 
+class ResumeError(InputError):
+    """A run cannot be resumed with other settings, data or backbone than it was begun with; each is named."""
+
+
 class StorageError(ExpertGateError, OSError):
-    """The run directory cannot be written or read, or a file in it is damaged."""
+    """The run directory cannot be written or read."""
+
+
+class DamagedFileError(StorageError):
+    """A file of the run directory is missing, torn or altered; the message names it and says how it is repaired."""
+
+
+class RunInUseError(StorageError):
+    """Another driver works on the run directory; the message names it."""
 
 
 class ResourceError(ExpertGateError, RuntimeError):
@@ -36,6 +52,10 @@ class ResourceError(ExpertGateError, RuntimeError):
 
 class WorkerLostError(ExpertGateError, RuntimeError):
     """A worker process, or the node that it ran on, went away."""
+
+
+class StoppedError(ExpertGateError, RuntimeError):
+    """A stage ended early because its driver was told to stop; nothing of it is recorded."""
 
 
 class HookError(ExpertGateError, RuntimeError):

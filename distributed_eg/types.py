@@ -19,6 +19,9 @@ forgetting from its parent, or from the earlier version of its own task."""
 OnRepeat: TypeAlias = Literal["continue", "error", "new_expert"]
 """What a label that comes again means: its expert goes on, it is refused, or its task starts anew."""
 
+OnTaskFailure: TypeAlias = Literal["continue", "stop"]
+"""What follows when a task failed for good: the others go on, or the run ends once what runs has ended."""
+
 RelatednessUnit: TypeAlias = Literal["own_error", "variance"]
 """What the difference of two errors is divided by: the paper's Er_k, or the task's own variance."""
 

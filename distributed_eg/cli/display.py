@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from distributed_eg.runtime.session import Progress
+from distributed_eg.runtime.training import Progress
 from distributed_eg.schedule.events import Stage
 
 if TYPE_CHECKING:
@@ -43,25 +43,30 @@ class Display:
             cell = f"[yellow]{progress.worker} …"
         elif progress.state == "finished":
             cell = f"[green]{progress.seconds:.1f} s"
+        elif progress.state == "kept":
+            cell = "[green]kept"
         else:
             cell = "[red]failed"
         self._cells[progress.task, progress.stage] = cell
         if self._live is not None:
             self._live.update(self._progress_table())
         elif progress.state != "started":
-            name = self._names[progress.task]
-            how = "" if progress.state == "finished" else " failed"
-            self._console.print(
-                f"task {progress.task} {name}: {progress.stage.value}{how}, {progress.seconds:.1f} s on "
-                f"{progress.worker}",
-                highlight=False,
-            )
+            how = {"finished": "", "failed": " failed"}.get(progress.state)
+            told = f"{how}, {progress.seconds:.1f} s on {progress.worker}" if how is not None else " kept"
+            line = f"task {progress.task} {self._names[progress.task]}: {progress.stage.value}{told}"
+            self._console.print(line, highlight=False)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Say that the evaluation runs."""
         self._console.print("Routing the test images …")
         yield
+
+    def interrupted(self, storage: str) -> None:
+        """Say how to go on."""
+        self._console.print(
+            f"Stopped. What is sealed is kept: the same command with --storage {storage} goes on.", highlight=False
+        )
 
     def table(self, outcome: RunOutcome) -> None:
         """Show the results, and where the run directory is."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
 from distributed_eg.config import ClusterConfig, Engine
 from distributed_eg.errors import InputError
-from distributed_eg.types import AutoencoderKind
+from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 _NEAR_TIE = 0.001
 _QUANTITIES = {"gate": "Gate_Acc", "expert": "Expert_Acc", "end_to_end": "EndToEnd_Acc"}
@@ -62,14 +62,19 @@ class RunOptions:
     """ray (worker actors) or inline (this process)."""
     address: str | None = None
     """Ray cluster to attach to; else RAY_ADDRESS; else Ray is started here and stopped at the end."""
-    num_workers: int | None = None
-    """Worker actors; one per GPU, else one per CPU, where not given."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Worker actors; auto is one per GPU, else one per CPU, and more when nodes join."""
     gpus_per_worker: float | None = None
     """GPUs that each worker holds, fractions allowed."""
     threads: int = 1
     """Torch threads of every stage; another number gives other bytes."""
     storage: str | None = None
-    """Run directory: a path, or any pyarrow.fs URI; runs/<benchmark>-<time> where not given."""
+    """Run directory: a path, or any pyarrow.fs URI; runs/<benchmark>-<time> where not given. One that holds a run is
+    gone on with: the same command resumes what was interrupted."""
+    on_task_failure: OnTaskFailure = "continue"
+    """continue: train what does not need a failed task; stop: begin nothing new."""
+    checkpoint_every_s: float = 60
+    """Seconds of an expert's training that a lost worker may cost, and one epoch; 0 is every epoch."""
 
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
@@ -121,7 +126,11 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
         make_benchmark(options.benchmark)  # says which names there are
     storage = options.storage or f"runs/{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"
     display = Display(to_stderr=options.json)
-    outcome = _train_and_evaluate(options, storage, display)
+    try:
+        outcome = _train_and_evaluate(options, storage, display)
+    except (KeyboardInterrupt, SystemExit):
+        display.interrupted(storage)
+        raise
     display.table(outcome)
     if options.json:
         print(json.dumps(asdict(outcome)))
@@ -171,6 +180,9 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunO
             gpus_per_worker=options.gpus_per_worker,
             threads=options.threads,
             storage=storage,
+            resume=True,
+            on_task_failure=options.on_task_failure,
+            checkpoint_every_s=options.checkpoint_every_s,
         ),
         **(paper if options.autoencoder == "sgd" else {}),
     ) as strategy:

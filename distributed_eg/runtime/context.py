@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distributed_eg.errors import InputError
+from distributed_eg.errors import InputError, StoppedError
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.requests import TaskData, TaskInput, WorkerSetup
@@ -42,6 +44,9 @@ class WorkerContext:
         self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
         self.reader = ExpertReader(partial(load_tensors, self.storage), self.root, setup.max_resident_experts, device)
         self.scratch = setup.scratch_folder
+        self.stopping = threading.Event()
+        """Set once the driver has been told to stop; what runs looks at it between batches."""
+        _clear_earlier(setup)
 
     def batches(self, dataset: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of samples [first, last), in order, in batches of the run's feature batch size."""
@@ -52,6 +57,8 @@ class WorkerContext:
             collate_fn=getattr(dataset, "collate_fn", None),
         )
         for batch in loader:
+            if self.stopping.is_set():
+                raise StoppedError("The driver was told to stop.")
             yield batch[0], batch[1]
 
     def features(self, images: Tensor, what: str) -> Tensor:
@@ -108,5 +115,15 @@ class WorkerContext:
         self.scratch_file(key, part).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove this session's scratch folder from this node."""
+        """Have what runs end at its next batch; remove this driver's scratch folder from this node."""
+        self.stopping.set()
         shutil.rmtree(self.scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.scratch.parent.rmdir()
+
+
+def _clear_earlier(setup: WorkerSetup) -> None:
+    """Remove what earlier drivers of this run, which are gone, left on this node."""
+    for folder in setup.scratch_of_run.glob("*"):
+        if folder.name < setup.scratch_folder.name:
+            shutil.rmtree(folder, ignore_errors=True)

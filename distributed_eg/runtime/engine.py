@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 from distributed_eg.runtime.coordinator import CoordinatorApi
 from distributed_eg.runtime.requests import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.schedule.events import WorkerJoined
+from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Lost:
     worker: str
     message: str
     calls: tuple[int, ...]
+    cause: Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Ended:
     outcome: Done | Raised
 
 
-Report: TypeAlias = WorkerJoined | Lost | Ended
+Report: TypeAlias = WorkerJoined | WorkerLeaving | Lost | Ended
 
 
 class Engine(Protocol):
@@ -43,6 +44,7 @@ class Engine(Protocol):
 
         Raises:
             ResourceError: what was asked for is not there.
+            RunInUseError: another driver works on the run.
         """
 
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
@@ -53,7 +55,7 @@ class Engine(Protocol):
         """
 
     def workers(self) -> list[WorkerJoined]:
-        """Workers that are ready."""
+        """Workers that are ready, and stay."""
 
     def submit(self, call: int, worker: str, request: Request) -> None:
         """Begin a call; its ``Ended`` carries the same number."""
@@ -67,4 +69,4 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """End everything that ``start`` and ``add_workers`` began."""
+        """End everything that ``start`` and ``add_workers`` began, within a few seconds, whatever runs there."""

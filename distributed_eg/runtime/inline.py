@@ -9,7 +9,7 @@ import torch
 
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
-from distributed_eg.runtime.requests import CloseRequest, Request, WorkerSetup
+from distributed_eg.runtime.requests import Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.runtime.worker import TaskWorker
 from distributed_eg.schedule.events import WorkerJoined
@@ -21,9 +21,9 @@ _NODE = "here"
 class InlineEngine:
     """One worker in this process."""
 
-    def __init__(self, storage_uri: str) -> None:
+    def __init__(self, storage_uri: str, generation: int) -> None:
         self.shipper = Shipper(self)
-        self.coordinator: CoordinatorApi = Coordinator(storage_uri)
+        self.coordinator: CoordinatorApi = Coordinator(storage_uri, generation)
         self._worker: TaskWorker | None = None
         self._reports: deque[Report] = deque()
         self._calls: deque[tuple[int, Request]] = deque()
@@ -62,5 +62,5 @@ class InlineEngine:
     def close(self) -> None:
         """Remove the scratch folder."""
         if self._worker is not None:
-            self._worker.run(CloseRequest())
+            self._worker.close()
             self._worker = None

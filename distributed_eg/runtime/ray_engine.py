@@ -1,77 +1,48 @@
 """The Ray engine: a pool of warm task worker actors, and the coordinator actor; what Ray says becomes our reports.
 
-The driver owns the workers: actors that a coordinator created would die with its process.
+The driver owns the workers: actors that a coordinator created would die with its process. Ray restarts no worker: one
+that is lost is replaced by a new one, wherever there is room then.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import os
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_eg.config import ClusterConfig
-from distributed_eg.errors import ExpertGateError, InputError, ResourceError, WorkerLostError
-from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi, Record
+from distributed_eg.errors import InputError, ResourceError, RunInUseError, WorkerLostError
+from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Lost, Report
-from distributed_eg.runtime.registry import Registry
-from distributed_eg.runtime.requests import CloseRequest, Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.ray_actors import CONTROL, RemoteCoordinator, TaskWorkerActor, wait_until_gone
+from distributed_eg.runtime.ray_cluster import NAMESPACE, Node, attach_or_start, nodes
+from distributed_eg.runtime.ray_errors import classify
+from distributed_eg.runtime.requests import Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.runtime.worker import TaskWorker
-from distributed_eg.schedule.events import WorkerJoined
-from distributed_eg.store.records import StageTiming
-from distributed_eg.store.sealing import Artifact
-from distributed_eg.types import TaskId
+from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "distributed-eg"
-_CALL_TIMEOUT_S = 60.0
-_CLOSE_TIMEOUT_S = 5.0
 _POLL_S = 1.0
-_MAX_REPLACEMENTS = 20
+_WATCH_EVERY_S = 5.0
+_SAY_EVERY_S = 30.0
+_CLOSE_TIMEOUT_S = 1.0
+_NAME_TIMEOUT_S = 20.0
+_MAX_LOSSES_IN_A_ROW = 20
+"""Workers lost without a single call that ended in between: the cluster is at fault then, not its machines' fate."""
 
 
-class _TaskWorkerActor:
-    """A task worker on the device that Ray assigned."""
-
-    def __init__(self, name: str, setup: WorkerSetup) -> None:
-        device = setup.device or _assigned_device()
-        torch.set_num_threads(setup.threads)
-        # Avalanche's import says so in every process, and nothing here needs one.
-        warnings.filterwarnings("ignore", message="no QP solver found")
-        self._worker = TaskWorker(setup, _fetch, torch.device(device))
-
-    def where(self) -> tuple[str, int]:
-        """Node and process id."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    def run(self, request: Request) -> Done | Raised:
-        """Carry out a request."""
-        return self._worker.run(request)
-
-
-def _fetch(reference: Any) -> memoryview:
-    """A leaf's bytes, without a copy, straight from the node's object store."""
-    return memoryview(ray.get(reference))
-
-
-def _assigned_device() -> str:
-    if not ray.get_gpu_ids():
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda:0"  # CUDA_VISIBLE_DEVICES holds what Ray assigned
-    logger.warning("Ray assigned a GPU to this worker, but torch finds none: it computes on the CPU.")
-    return "cpu"
+@dataclass
+class _Call:
+    number: int
+    since: float
 
 
 @dataclass
@@ -81,41 +52,8 @@ class _Worker:
     ready: Any
     since: float
     node: str | None = None
-    calls: dict[Any, int] = field(default_factory=dict)
-
-
-class _RemoteCoordinator:
-    """The coordinator actor, called with a deadline."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def registry(self) -> Registry:
-        """Everything recorded so far."""
-        return _call(self._handle.registry.remote())
-
-    def record(self, record: Record) -> Artifact:
-        """Seal a record."""
-        return _call(self._handle.record.remote(record))
-
-    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
-        """Keep who did what for how long."""
-        _call(self._handle.note_timings.remote(task, timings))
-
-    def export(self) -> None:
-        """Write the tables as Parquet."""
-        _call(self._handle.export.remote())
-
-
-def _call(reference: Any) -> Any:
-    try:
-        return ray.get(reference, timeout=_CALL_TIMEOUT_S)
-    except RayTaskError as error:  # what the coordinator raised, behind Ray's own subclass of it
-        raise error.cause if isinstance(error.cause, ExpertGateError) else error from None
-    except GetTimeoutError as error:
-        raise WorkerLostError(f"The coordinator has not answered for {_CALL_TIMEOUT_S:.0f} s.") from error
-    except RayError as error:
-        raise WorkerLostError(f"The coordinator is gone: {error}") from error
+    leaving: bool = False
+    calls: dict[Any, _Call] = field(default_factory=dict)
 
 
 class RayEngine:
@@ -125,21 +63,28 @@ class RayEngine:
         config: where and how many.
         storage_uri: the run directory.
         run_id: names the coordinator inside the cluster.
+        generation: the driver's number in the run's lease.
     """
 
-    def __init__(self, config: ClusterConfig, storage_uri: str, run_id: str) -> None:
+    def __init__(self, config: ClusterConfig, storage_uri: str, run_id: str, generation: int) -> None:
         self._config = config
         self._storage_uri = storage_uri
         self._run_id = run_id
+        self._generation = generation
+        self._cpus = config.cpus_per_worker
+        self._gpus = 0.0
         self.shipper = Shipper(self)
         self.coordinator: CoordinatorApi
         self._owns_ray = False
         self._setup: WorkerSetup | None = None
+        self._num_tasks: int | None = None
         self._pool: dict[str, _Worker] = {}
         self._starting: dict[str, _Worker] = {}
         self._coordinator: Any = None
         self._num_named = 0
-        self._num_replaced = 0
+        self._losses_in_a_row = 0
+        self._watched_at = self._said_at = time.monotonic()
+        self._without_worker_since = time.monotonic()
 
     def put(self, data: bytes) -> Any:
         """Keep a leaf's bytes in the object store; a NumPy array is read there without a copy."""
@@ -147,71 +92,41 @@ class RayEngine:
 
     def start(self) -> None:
         """Attach to the cluster or start Ray on this machine; start the coordinator."""
-        if not ray.is_initialized():
-            address = self._config.address or os.environ.get("RAY_ADDRESS")
-            if address:
-                try:
-                    ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
-                except ConnectionError as error:
-                    raise ResourceError(f"No Ray cluster answers at {address!r}: {error}") from error
-            else:
-                ray.init(
-                    address="local",
-                    num_cpus=max(os.cpu_count() or 1, math.ceil((self._config.num_workers or 1) * self._cpus)),
-                    include_dashboard=False,
-                    namespace=NAMESPACE,
-                    logging_level=logging.WARNING,
-                )
-            self._owns_ray = True
-        machines = {node["NodeManagerAddress"] for node in _alive_nodes()}
-        if len(machines) > 1 and self._config.storage is None:
-            self.close()
+        self._owns_ray = attach_or_start(self._config, self._cpus)
+        there = nodes()
+        if len({node.address for node in there}) > 1 and self._config.storage is None:
             raise InputError(
-                f"The cluster has {len(machines)} machines: give ClusterConfig(storage=…), a folder or URI that all of "
-                "them see."
+                f"The cluster has {len({node.address for node in there})} machines: give ClusterConfig(storage=…), a "
+                "folder or URI that all of them see."
             )
-        self._refuse_infeasible()
-        actor: Any = ray.remote(Coordinator)
-        self._coordinator = actor.options(
-            name=f"coordinator-{self._run_id}", namespace=NAMESPACE, num_cpus=0, max_restarts=-1, max_task_retries=-1
-        ).remote(self._storage_uri)
-        self.coordinator = _RemoteCoordinator(self._coordinator)
-
-    @property
-    def _cpus(self) -> float:
-        return self._config.cpus_per_worker
-
-    @property
-    def _gpus(self) -> float:
-        if self._config.gpus_per_worker is not None:
-            return self._config.gpus_per_worker
-        return 1.0 if any(node["Resources"].get("GPU", 0) >= 1 for node in _alive_nodes()) else 0.0
+        # The same for every worker of a run, whatever nodes join later.
+        asked = self._config.gpus_per_worker
+        self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
+        self._refuse_infeasible(there)
+        self._coordinator = self._start_coordinator()
+        self.coordinator = RemoteCoordinator(self._coordinator)
 
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
         """Grow the pool to ``num_workers``, or to what the cluster holds, at most one a task."""
-        self._setup = setup
-        wanted = self._config.num_workers
-        if wanted is None:
-            fits = sum(_workers_on(node, self._cpus, self._gpus) for node in _alive_nodes())
-            wanted = fits if num_tasks is None else min(fits, num_tasks)
-        while len(self._pool) + len(self._starting) < max(1, wanted):
-            self._spawn()
+        self._setup, self._num_tasks = setup, num_tasks
+        self._without_worker_since = time.monotonic()
+        self._grow(nodes())
 
     def workers(self) -> list[WorkerJoined]:
-        """Workers that are ready."""
-        return [WorkerJoined(worker.name, worker.node or "") for worker in self._pool.values()]
+        """Workers that are ready, and stay."""
+        return [WorkerJoined(w.name, w.node or "") for w in self._pool.values() if not w.leaving]
 
     def submit(self, call: int, worker: str, request: Request) -> None:
         """Begin a call on a worker."""
         state = self._pool[worker]
-        state.calls[state.handle.run.remote(request)] = call
+        state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
 
     def wait(self) -> list[Report]:
         """Reports since the last call; waits up to a second for the first."""
         references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:
-            raise WorkerLostError("No worker is left, and none is coming up.")
+            raise WorkerLostError("No worker is left, and none is coming up; the run can be resumed.")
         done, _ = ray.wait(list(references), num_returns=1, timeout=_POLL_S)
         more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
         reports: deque[Report] = deque()
@@ -221,19 +136,23 @@ class RayEngine:
                 reports.extend(self._started(worker))
             elif worker.name in self._pool:
                 reports.append(self._ended(worker, reference))
-        self._refuse_late_workers()
+        reports.extend(self._end_overdue())
+        if time.monotonic() - self._watched_at > _WATCH_EVERY_S:
+            self._watched_at = time.monotonic()
+            reports.extend(self._watch(nodes()))
+        self._refuse_long_waits()
         return list(reports)
 
     def close(self) -> None:
         """End the actors and, where ``start`` began it, Ray."""
         if not ray.is_initialized():  # Ray's own exit came first, and took the actors with it
             return
-        by_node = {worker.node: worker for worker in self._pool.values()}
-        cleared: list[Any] = [worker.handle.run.remote(CloseRequest()) for worker in by_node.values()]
-        if cleared:
-            ray.wait(cleared, num_returns=len(cleared), timeout=_CLOSE_TIMEOUT_S)
-        for worker in [*self._pool.values(), *self._starting.values()]:
-            ray.kill(worker.handle)
+        stopped = [worker.handle.stop.remote() for worker in self._pool.values()]
+        if stopped:
+            ray.wait(stopped, num_returns=len(stopped), timeout=_CLOSE_TIMEOUT_S)
+        workers = [worker.handle for worker in [*self._pool.values(), *self._starting.values()]]
+        for handle in workers:
+            ray.kill(handle)
         if self._coordinator is not None:
             ray.kill(self._coordinator)
         self._pool.clear()
@@ -242,11 +161,50 @@ class RayEngine:
         if self._owns_ray:
             ray.shutdown()
             self._owns_ray = False
+        else:
+            wait_until_gone(workers, _CLOSE_TIMEOUT_S)
+
+    def _start_coordinator(self) -> Any:
+        """The named actor of this run; one that an ended driver left behind is gone in a moment.
+
+        Raises:
+            RunInUseError: another driver on this cluster holds it.
+        """
+        actor: Any = ray.remote(Coordinator)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        until = time.monotonic() + _NAME_TIMEOUT_S
+        while True:
+            try:
+                return actor.options(
+                    name=f"coordinator-{self._run_id}",
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    scheduling_strategy=here,
+                ).remote(self._storage_uri, self._generation)
+            except ValueError as error:  # what Ray raises where the name is taken
+                if time.monotonic() > until:
+                    raise RunInUseError(
+                        f"The run in {self._storage_uri!r} has a coordinator on this Ray cluster already, "
+                        f"coordinator-{self._run_id}: another driver works on it. End that one first."
+                    ) from error
+                time.sleep(0.2)
+
+    def _grow(self, there: list[Node]) -> None:
+        asked = self._config.num_workers
+        fits = sum(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving)
+        useful = fits if self._num_tasks is None else min(fits, self._num_tasks)
+        wanted = useful if asked == "auto" else asked
+        staying = sum(not worker.leaving for worker in self._pool.values())
+        for _ in range(max(1, wanted) - staying - len(self._starting)):
+            self._spawn()
 
     def _spawn(self) -> None:
         name = f"worker-{self._num_named}"
         self._num_named += 1
-        actor: Any = ray.remote(_TaskWorkerActor)
+        as_actor: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
+        actor = as_actor(TaskWorkerActor)
         # cuBLAS reads this when it starts: without it, its sums differ from run to run.
         environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if self._gpus > 0 else None
         handle = actor.options(
@@ -255,7 +213,7 @@ class RayEngine:
             scheduling_strategy="SPREAD",
             namespace=NAMESPACE,
             runtime_env=environment,
-        ).remote(name, self._setup)
+        ).remote(self._setup)
         self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
 
     def _started(self, worker: _Worker) -> list[Report]:
@@ -263,10 +221,10 @@ class RayEngine:
         try:
             worker.node, pid = ray.get(worker.ready)
         except RayError as error:
-            self._num_replaced += 1
-            if not (self._pool or self._starting) or self._num_replaced > _MAX_REPLACEMENTS:
+            self._losses_in_a_row += 1
+            if self._losses_in_a_row > _MAX_LOSSES_IN_A_ROW or getattr(error, "actor_init_failed", False):
                 raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
-            logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).splitlines()[0])
+            logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).split("\n")[0])
             self._spawn()
             return []
         self._pool[worker.name] = worker
@@ -276,57 +234,80 @@ class RayEngine:
     def _ended(self, worker: _Worker, reference: Any) -> Report:
         call = worker.calls.pop(reference)
         try:
-            return Ended(call, worker.name, ray.get(reference))
-        except RayActorError as error:
-            return self._lost(worker, call, str(error))
+            outcome = ray.get(reference)
+            self._losses_in_a_row = 0
         except RayError as error:
-            return Ended(call, worker.name, Raised(None, str(error), str(error), 0.0))
+            alive = any(node.id == worker.node for node in nodes())
+            failure = classify(error, node_is_alive=alive)
+            if failure.worker_is_gone:
+                return self._lose(worker, str(error), failure.cause, call.number)
+            outcome = Raised(None, str(error), str(error), 0.0, failure.cause)
+        return Ended(call.number, worker.name, outcome)
 
-    def _lost(self, worker: _Worker, call: int, message: str) -> Lost:
-        logger.warning("%s is lost, with what it was doing: %s", worker.name, message.splitlines()[0])
+    def _lose(self, worker: _Worker, message: str, cause: Cause, *calls: int) -> Lost:
+        """Take a worker out, with its process where that still runs; another takes its place."""
         del self._pool[worker.name]
-        self._num_replaced += 1
-        if self._num_replaced <= _MAX_REPLACEMENTS:
+        ray.kill(worker.handle)
+        if not worker.leaving:
+            first_line = message.split("\n")[0]
+            logger.warning("%s is lost (%s), another takes its place: %s", worker.name, cause.value, first_line)
+            self._losses_in_a_row += 1
+            if self._losses_in_a_row > _MAX_LOSSES_IN_A_ROW:
+                raise WorkerLostError(
+                    f"{self._losses_in_a_row} workers were lost in a row, the last one by: {message} The run can be "
+                    "resumed once the cluster is sound."
+                )
             self._spawn()
-        return Lost(worker.name, message, (call, *worker.calls.values()))
+        return Lost(worker.name, message, (*calls, *(call.number for call in worker.calls.values())), cause)
 
-    def _refuse_infeasible(self) -> None:
-        nodes = _alive_nodes()
-        if any(_workers_on(node, self._cpus, self._gpus) for node in nodes):
+    def _end_overdue(self) -> list[Report]:
+        limit_s = self._config.stage_timeout_s
+        if limit_s is None:
+            return []
+        now = time.monotonic()
+        late = [w for w in self._pool.values() if any(now - call.since > limit_s for call in w.calls.values())]
+        message = f"It took longer than stage_timeout_s={limit_s:g}, and its worker was ended."
+        return [self._lose(worker, message, Cause.OVERDUE) for worker in late]
+
+    def _watch(self, there: list[Node]) -> list[Report]:
+        """Use nodes that joined; leave nodes that go, once what runs there has ended."""
+        reports: list[Report] = []
+        leaving = {node.id for node in there if node.leaving}
+        for worker in list(self._pool.values()):
+            if worker.node in leaving and not worker.leaving:
+                logger.warning("The node of %s is being drained: it finishes its stage and gets no other.", worker.name)
+                worker.leaving = True
+                reports.append(WorkerLeaving(worker.name))
+            elif worker.leaving and not worker.calls:
+                reports.append(self._lose(worker, "Its node is being drained.", Cause.NODE_LOST))
+        self._grow(there)
+        return reports
+
+    def _refuse_infeasible(self, there: list[Node]) -> None:
+        if any(node.room_for(self._cpus, self._gpus) for node in there):
             return
-        offers = ", ".join(
-            f"{n['NodeManagerAddress']}: {n['Resources'].get('CPU', 0):g} CPU, {n['Resources'].get('GPU', 0):g} GPU"
-            for n in nodes
-        )
-        message = (
+        offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
+        raise ResourceError(
             f"A worker asks for {self._cpus:g} CPU and {self._gpus:g} GPU, which no node has ({offers}); lower "
             "cpus_per_worker or gpus_per_worker, or add a node."
         )
-        self.close()
-        raise ResourceError(message)
 
-    def _refuse_late_workers(self) -> None:
+    def _refuse_long_waits(self) -> None:
+        """Say why there is no worker yet; give up where none comes in time."""
+        now = time.monotonic()
         if self._pool or not self._starting:
+            self._without_worker_since = self._said_at = now
             return
-        waited_s = time.monotonic() - min(worker.since for worker in self._starting.values())
+        waited_s = now - self._without_worker_since
+        why = (
+            f"each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, and the cluster has {ray.available_resources()} "
+            "free"
+        )
         if waited_s > self._config.startup_timeout_s:
             raise ResourceError(
-                f"No worker came up within {waited_s:.0f} s: each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, "
-                f"and the cluster has {ray.available_resources()} free. Wait for other jobs, lower the demand, or "
-                "raise startup_timeout_s."
+                f"No worker came up within {waited_s:.0f} s: {why}. Wait for other jobs, lower the demand, or raise "
+                "startup_timeout_s; the run can be resumed."
             )
-
-
-def _alive_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _workers_on(node: dict[str, Any], cpus: float, gpus: float) -> int:
-    resources = node["Resources"]
-    by_cpu = resources.get("CPU", 0) // cpus if cpus else math.inf
-    # A fraction of a GPU never spans two GPUs.
-    by_gpu = resources.get("GPU", 0) // gpus if gpus >= 1 else math.inf
-    if 0 < gpus < 1:
-        by_gpu = resources.get("GPU", 0) * (1 // gpus)
-    fits = min(by_cpu, by_gpu)
-    return int(fits) if math.isfinite(fits) else 1
+        if now - self._said_at > _SAY_EVERY_S:
+            self._said_at = now
+            logger.warning("Still waiting for a worker after %.0f s: %s.", waited_s, why)

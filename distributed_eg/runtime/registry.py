@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import pyarrow as pa
 
 from distributed_eg.config import MethodConfig
-from distributed_eg.errors import StorageError
-from distributed_eg.store import records
+from distributed_eg.errors import DamagedFileError
+from distributed_eg.store import layout, records
 from distributed_eg.store.reading import ExpertRef, GateRef
 from distributed_eg.store.records import (
     AutoencoderRecord,
@@ -16,10 +19,15 @@ from distributed_eg.store.records import (
     StageTiming,
     StatisticsRecord,
     TaskManifest,
+    TaskRecord,
 )
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.sealing import REPAIR, Artifact, Storage, damaged
 from distributed_eg.store.tables import registry_table, relatedness_table
 from distributed_eg.types import TaskId
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -27,6 +35,7 @@ class Registry:
     """Every record of a run, by task. The coordinator's is the one that is written down; a driver keeps a copy."""
 
     statistics: StatisticsRecord | None = None
+    arrivals: dict[TaskId, TaskRecord] = field(default_factory=dict)
     autoencoders: dict[TaskId, AutoencoderRecord] = field(default_factory=dict)
     relatedness: dict[TaskId, RelatednessRecord] = field(default_factory=dict)
     relatedness_artifacts: dict[TaskId, Artifact] = field(default_factory=dict)
@@ -34,29 +43,56 @@ class Registry:
     timings: dict[TaskId, list[StageTiming]] = field(default_factory=dict)
 
     @staticmethod
-    def read(storage: Storage) -> Registry:
+    def read(storage: Storage, *, without_damaged: bool = False) -> Registry:
         """Rebuild the registry from a run directory.
 
+        Args:
+            storage: the run directory.
+            without_damaged: leave damaged records out, and say so in the log; whoever resumes makes them again.
+
         Raises:
-            StorageError: a record is damaged.
+            DamagedFileError: a record is damaged.
         """
-        registry = Registry(statistics=records.read_statistics(storage))
+
+        skip = without_damaged
+        registry = Registry(statistics=_whole(lambda: records.read_statistics(storage), skip))
         for task in records.stored_tasks(storage):
-            autoencoder = records.read_autoencoder(storage, task)
-            relatedness = records.read_relatedness(storage, task)
-            manifest = records.read_manifest(storage, task)
-            if autoencoder is not None:
-                registry.autoencoders[task] = autoencoder
-            if relatedness is not None:
-                registry.relatedness[task] = relatedness
-            if manifest is not None:
-                registry.manifests[task] = manifest
-                registry.relatedness_artifacts[task] = manifest.relatedness
-                if autoencoder is None or autoencoder.artifact != manifest.autoencoder:
-                    raise StorageError(f"The manifest of task {task} in {storage.uri!r} names another autoencoder.")
-                storage.read_artifact(manifest.relatedness)
-            registry.timings[task] = records.read_timings(storage, task)
+            registry._read_task(storage, task, skip)
         return registry
+
+    def _read_task(self, storage: Storage, task: TaskId, skip: bool) -> None:
+        arrival = _whole(lambda: records.read_task(storage, task), skip)
+        autoencoder = _whole(lambda: records.read_autoencoder(storage, task), skip)
+        relatedness = _whole(lambda: records.read_relatedness(storage, task), skip)
+        manifest = _whole(lambda: records.read_manifest(storage, task), skip)
+        if arrival is not None:
+            self.arrivals[task] = arrival
+        if autoencoder is not None:
+            self.autoencoders[task] = autoencoder
+        if relatedness is not None:
+            self.relatedness[task] = relatedness
+            self.relatedness_artifacts[task] = records.relatedness_artifact(storage, task)
+        if manifest is not None and _whole(lambda: self._check(storage, manifest, skip), skip):
+            self.manifests[task] = manifest
+        self.timings[task] = _whole(lambda: records.read_timings(storage, task), skip) or []
+
+    def _check(self, storage: Storage, manifest: TaskManifest, without_autoencoder: bool) -> bool:
+        own = self.autoencoders.get(manifest.task)
+        if own is None and not without_autoencoder:
+            path = layout.task_file(manifest.task, "autoencoder")
+            raise damaged(path, f"The record {path!r} in {storage.uri!r} is missing. {REPAIR}")
+        if own is not None and own.artifact != manifest.autoencoder:
+            raise damaged(
+                layout.task_file(manifest.task, "manifest"),
+                f"The manifest of task {manifest.task} in {storage.uri!r} names another autoencoder than its record.",
+            )
+        storage.read_artifact(manifest.relatedness)
+        return True
+
+    def snapshot(self) -> Registry:
+        """The same records, untouched by what is recorded later."""
+        tables = {f.name: dict(getattr(self, f.name)) for f in fields(self) if f.name != "statistics"}
+        return Registry(self.statistics, **tables)
 
     @property
     def newest(self) -> dict[TaskId, TaskManifest]:
@@ -69,8 +105,8 @@ class Registry:
 
     def number(self, label: int) -> TaskId:
         """The next number for that label: a new one, or the one that a failed attempt left behind."""
-        begun = {record.label: task for task, record in self.autoencoders.items() if task not in self.manifests}
-        return begun.get(label, max([*self.autoencoders, *self.manifests], default=-1) + 1)
+        begun = {record.label: task for task, record in self.arrivals.items() if task not in self.manifests}
+        return begun.get(label, max(self.arrivals, default=-1) + 1)
 
     def expert_ref(self, task: TaskId) -> ExpertRef:
         """Where a sealed task's expert is."""
@@ -95,3 +131,14 @@ class Registry:
             registry_table(list(self.manifests.values()), self.timings),
             relatedness_table(sealed, list(self.manifests.values())),
         )
+
+
+def _whole(read: Callable[[], T], skip: bool) -> T | None:
+    """What ``read`` gives; None, said in the log, where that is damaged and ``skip`` says to go on."""
+    try:
+        return read()
+    except DamagedFileError as error:
+        if not skip:
+            raise
+        logger.warning("%s", error)
+        return None

@@ -14,6 +14,8 @@ from torch import nn
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import ExpertGateError
 from distributed_eg.runtime.shipping import Shipped
+from distributed_eg.schedule.events import Cause
+from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.reading import ExpertRef, GateRef
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
 from distributed_eg.store.sealing import Artifact
@@ -24,12 +26,13 @@ from distributed_eg.types import TaskId, TransferChoice
 class WorkerSetup:
     """What a worker is made from.
 
-    ``root`` ships the root network, ``feature_layer`` and ``shape`` cut the backbone off it. ``session`` names this
-    driver's scratch folder on each node.
+    ``root`` ships the root network, ``feature_layer`` and ``shape`` cut the backbone off it. ``run_id`` and
+    ``generation``, the driver's number in the run's lease, name this driver's scratch folder on each node.
     """
 
     storage_uri: str
-    session: str
+    run_id: str
+    generation: int
     scratch: str | None
     root: Shipped
     feature_layer: str
@@ -39,11 +42,17 @@ class WorkerSetup:
     max_resident_experts: int
     device: str | None
     """None: the GPU that the worker was given, else the CPU."""
+    checkpoint_every_s: float = 60.0
 
     @property
     def scratch_folder(self) -> Path:
-        """This session's folder for features, on whichever node it is asked for."""
-        return Path(self.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.session}"
+        """This driver's folder for features, on whichever node it is asked for."""
+        return self.scratch_of_run / f"{self.generation:05d}"
+
+    @property
+    def scratch_of_run(self) -> Path:
+        """The folder that holds those of all the run's drivers."""
+        return Path(self.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.run_id}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class TaskInput:
 
     ``classes`` are those of all its versions; ``versions`` their numbers, this one's last. ``continues`` is the version
     that autoencoder and expert go on from, None where both start anew. ``key`` names its feature files: a number may
-    be used again after a failure, for other data.
+    be used again after a failure, for other data. ``identity`` is what data and settings are recognised by, as JSON
+    values.
     """
 
     task: TaskId
@@ -87,6 +97,7 @@ class TaskInput:
     key: str
     versions: tuple[TaskId, ...]
     continues: TaskId | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class ExpertJob:
     """What a trainer is given on the worker.
 
     ``network`` is the expert to train, ``teacher`` the parent's network where it learns without forgetting.
+    ``checkpoints`` is where its training is kept every ``checkpoint_every_s``; None: nowhere.
     """
 
     task: TaskId
@@ -105,6 +117,8 @@ class ExpertJob:
     experience: ExperienceInfo
     method: MethodConfig
     device: torch.device
+    checkpoints: CheckpointSlot | None = None
+    checkpoint_every_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -198,11 +212,6 @@ class DropRequest:
     key: str
 
 
-@dataclass(frozen=True)
-class CloseRequest:
-    """Remove this session's scratch folder."""
-
-
 Request: TypeAlias = (
     FeaturesRequest
     | ReferenceRequest
@@ -211,7 +220,6 @@ Request: TypeAlias = (
     | ExpertRequest
     | EvaluateRequest
     | DropRequest
-    | CloseRequest
 )
 
 
@@ -270,3 +278,4 @@ class Raised:
     message: str
     traceback: str
     seconds: float
+    cause: Cause = Cause.RAISED

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from distributed_eg.runtime.requests import (
     RelateRequest,
     TaskData,
 )
+from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
 from distributed_eg.store.reading import save_statistics
@@ -144,12 +148,30 @@ def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult
         experience=task_input.experience,
         method=method,
         device=context.device,
+        checkpoints=CheckpointSlot(context.storage, task_input.task, _stage_key(context, request)),
+        checkpoint_every_s=context.setup.checkpoint_every_s,
     )
     trainer: ExpertTrainer = request.trainer.load(context.fetch)
     trained = trainer.train(job)
     state = trained.network.state_dict()
     artifact = save_tensors(context.storage, task_weights(task_input.task, "expert"), state)
     return ExpertResult(artifact, trained.distillation, trained.log)
+
+
+def _stage_key(context: WorkerContext, request: ExpertRequest) -> str:
+    """A hash of all that an expert is made from: only a stage with the same may go on from its checkpoint."""
+    task_input, setup = request.input, context.setup
+    made_from = {
+        "task": task_input.task,
+        "classes": task_input.classes,
+        "choice": asdict(request.choice),
+        "parent": None if request.parent is None else request.parent.artifact.sha256,
+        "method": asdict(setup.method),
+        "threads": setup.threads,
+        "device": context.device.type,
+        "identity": task_input.identity or task_input.key,
+    }
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
 def drop_features(context: WorkerContext, request: DropRequest) -> None:

@@ -11,11 +11,11 @@ import torch
 
 from distributed_eg.errors import ExpertGateError
 from distributed_eg.runtime import stages
+from distributed_eg.runtime.causes import cause_of
 from distributed_eg.runtime.context import WorkerContext
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.requests import (
     AutoencoderRequest,
-    CloseRequest,
     Done,
     DropRequest,
     EvaluateRequest,
@@ -53,16 +53,18 @@ class TaskWorker:
         started = time.perf_counter()
         setup = self._context.setup
         try:
-            if isinstance(request, CloseRequest):
-                self._context.close()
-                return Done(None, time.perf_counter() - started)
             with reproducible(_seed(request, setup.method.seed), setup.threads):
                 result = _STAGES[type(request)](self._context, request)
         except Exception as error:
             ours = error if isinstance(error, ExpertGateError) else None
             message = str(error) if ours else f"{type(error).__name__}: {error}"
-            return Raised(ours, message, traceback.format_exc(), time.perf_counter() - started)
+            took_s = time.perf_counter() - started
+            return Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
         return Done(result, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Have what runs end at its next batch, and remove the scratch folder."""
+        self._context.close()
 
 
 def _seed(request: Request, run_seed: int) -> int:

@@ -25,7 +25,15 @@ class Cause(str, Enum):
 
     RAISED = "raised"
     """The stage's own code raised: the same input gives the same error again."""
+    STORAGE = "storage"
+    """The run directory or the scratch folder did not take what the stage wrote: every task would fail by it."""
+    OUT_OF_MEMORY = "out of memory"
     WORKER_LOST = "worker lost"
+    """The worker's process died, perhaps by the stage's own doing."""
+    NODE_LOST = "node lost"
+    """The worker's node died, left or was preempted: no stage is to blame."""
+    OVERDUE = "overdue"
+    """The stage took longer than the run allows, and its worker was ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +45,33 @@ class WorkerJoined:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerLeaving:
+    """A worker will go soon: it finishes what it does and gets nothing new."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLost:
     """A worker is gone, and with it the stage that it ran."""
 
     worker: str
     message: str
+    cause: Cause = Cause.WORKER_LOST
 
 
 @dataclass(frozen=True, slots=True)
 class TaskArrived:
     """The stream's next task; tasks arrive in order.
 
-    ``continues`` is an earlier task whose autoencoder this one goes on from, where the same label comes again.
+    ``continues`` is an earlier task whose autoencoder this one goes on from, where the same label comes again. ``done``
+    are the stages whose results an earlier driver left sealed, ``parent`` what RELATE gave where it is among them.
     """
 
     task: TaskId
     continues: TaskId | None = None
+    done: frozenset[Stage] = frozenset()
+    parent: TaskId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,4 +101,4 @@ class StageFailed:
     message: str
 
 
-Event: TypeAlias = WorkerJoined | WorkerLost | TaskArrived | StreamEnded | StageFinished | StageFailed
+Event: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | TaskArrived | StreamEnded | StageFinished | StageFailed

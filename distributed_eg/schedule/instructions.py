@@ -28,7 +28,10 @@ class PullTask:
 
 @dataclass(frozen=True, slots=True)
 class ReportFailure:
-    """A task will not be trained: its own stage failed for good, or ``message`` names what it needed."""
+    """A task will not be trained: its own stage failed for good, or ``message`` names what it needed.
+
+    ``message`` tells the cause of every attempt.
+    """
 
     task: TaskId
     stage: Stage

@@ -25,6 +25,7 @@ from distributed_eg.schedule.events import (
     StreamEnded,
     TaskArrived,
     WorkerJoined,
+    WorkerLeaving,
     WorkerLost,
 )
 from distributed_eg.schedule.instructions import Instruction, PullTask, ReportFailure, RunStage
@@ -45,17 +46,17 @@ class ScheduleError(AssertionError):
 @dataclass(slots=True)
 class _Task:
     continues: TaskId | None
-    next_stage: Stage | None = Stage.FEATURES
+    done: set[Stage]
+    parent: TaskId | None
     run: RunStage | None = None
-    attempt: int = 0
-    parent: TaskId | None = None
     failed: bool = False
-    causes: dict[Stage, list[Cause]] = field(default_factory=dict)
+    failures: list[StageFailed] = field(default_factory=list)
     node: str | None = None
 
-    def past(self, stage: Stage) -> bool:
-        """Whether ``stage`` has ended well."""
-        return self.next_stage is None or _STAGES.index(self.next_stage) > _STAGES.index(stage)
+    @property
+    def next_stage(self) -> Stage | None:
+        """The first stage that has not ended well; None where all have."""
+        return next((stage for stage in _STAGES if stage not in self.done), None)
 
 
 class Machine:
@@ -68,6 +69,8 @@ class Machine:
         committed: tasks that are sealed already, from an earlier call or an earlier run.
         has_statistics: whether the run's standardization statistics are known already.
         tasks_per_worker: unfinished tasks that may be pulled ahead for each worker; None: as many as there are.
+        first_attempt: number of the first attempt; a later driver's are above all that an earlier one has given out.
+        stop_on_failure: whether the first task that fails ends the run, once everything that runs has ended.
     """
 
     def __init__(
@@ -76,10 +79,16 @@ class Machine:
         *,
         has_statistics: bool = False,
         tasks_per_worker: int | None = None,
+        first_attempt: int = 1,
+        stop_on_failure: bool = False,
     ) -> None:
         self._committed = frozenset(committed)
         self._has_statistics = has_statistics
         self._tasks_per_worker = tasks_per_worker
+        self._first_attempt = first_attempt
+        self._next_attempt = first_attempt
+        self._stop_on_failure = stop_on_failure
+        self._stopping = False
         self._first: TaskId | None = None
         self._tasks: dict[TaskId, _Task] = {}
         self._num_unfinished = 0
@@ -91,6 +100,7 @@ class Machine:
         self._without_autoencoder: list[TaskId] = []
         self._nodes: dict[str, str] = {}
         self._idle: dict[str, str] = {}
+        self._leaving: set[str] = set()
         self._busy: dict[str, RunStage] = {}
         self._pulling = False
         self._ended = False
@@ -98,13 +108,34 @@ class Machine:
 
     @property
     def done(self) -> bool:
-        """Whether the stream has ended and every task is committed or given up."""
-        return self._ended and not self._busy and self._num_unfinished == 0
+        """Whether nothing runs any more, and every task of the ended stream is committed or given up, or the run
+        stops at a failure."""
+        return not self._busy and (self._stopping or (self._ended and self._num_unfinished == 0))
+
+    @property
+    def unfinished(self) -> list[TaskId]:
+        """Tasks that are neither committed nor given up."""
+        return sorted(t for t, state in self._tasks.items() if not state.failed and state.next_stage is not None)
 
     @property
     def num_workers(self) -> int:
         """Workers that are there, idle or busy."""
         return len(self._nodes)
+
+    @property
+    def next_attempt(self) -> int:
+        """The number that the next attempt would get."""
+        return self._next_attempt
+
+    def is_committed(self, task: TaskId) -> bool:
+        """Whether all stages of a task have ended well."""
+        return task in self._tasks and self._tasks[task].next_stage is None
+
+    def is_current(self, task: TaskId, stage: Stage, attempt: int) -> bool:
+        """Whether that attempt runs: only its report counts, and only its result may be recorded."""
+        state = self._tasks.get(task)
+        run = None if state is None else state.run
+        return run is not None and (run.stage, run.attempt) == (stage, attempt)
 
     def handle(self, event: Event) -> list[Instruction]:
         """Take one event in; return what to do now.
@@ -119,15 +150,22 @@ class Machine:
         if isinstance(event, WorkerJoined):
             if event.worker not in self._nodes:
                 self._nodes[event.worker] = self._idle[event.worker] = event.node
+        elif isinstance(event, WorkerLeaving):
+            if event.worker in self._nodes:
+                self._leaving.add(event.worker)
+                self._idle.pop(event.worker, None)
         elif isinstance(event, WorkerLost):
             instructions += self._lose_worker(event)
         elif isinstance(event, TaskArrived):
             instructions += self._add_task(event)
         elif isinstance(event, StreamEnded):
             self._ended, self._pulling = True, False
-        elif self._is_current(event):
-            self._release(event.task)
-            instructions += self._finish(event) if isinstance(event, StageFinished) else self._fail(event)
+        else:
+            known = event.task in self._tasks or event.attempt < self._first_attempt
+            self._require(known, f"a report of the unknown task {event.task}")
+            if self.is_current(event.task, event.stage, event.attempt):
+                self._release(event.task)
+                instructions += self._finish(event) if isinstance(event, StageFinished) else self._fail(event)
         instructions += self._start_stages()
         return instructions
 
@@ -140,43 +178,51 @@ class Machine:
         running = {task for task, state in self._tasks.items() if state.run is not None}
         self._require(running == {run.task for run in self._busy.values()}, "running tasks and busy workers differ")
         self._require(not (self._idle.keys() & self._busy.keys()), "a worker is idle and busy")
-        self._require(not (self._idle and any(self._ready.values())), "a worker is idle though a stage is ready")
+        starved = self._idle and any(self._ready.values()) and not self._stopping
+        self._require(not starved, "a worker is idle though a stage is ready")
         for task, state in self._tasks.items():
             self._require(not (state.run is not None and state.failed), f"task {task} failed and runs")
-            if state.next_stage is None and state.parent is not None:
-                self._require(self._expert_ready(state.parent), f"task {task} is committed before its parent")
-        unfinished = {task for task, state in self._tasks.items() if not state.failed and state.next_stage is not None}
+            run = state.run
+            if run is not None and run.stage is Stage.EXPERT and state.parent is not None:
+                self._require(
+                    self._expert_ready(state.parent), f"task {task} trains before its parent's expert is there"
+                )
+        unfinished = self.unfinished
         self._require(len(unfinished) == self._num_unfinished, "unfinished tasks are miscounted")
         waiting = [*running, *self._wait_for_statistics, *self._wait_for_all_earlier]
         for places in (self._ready, self._wait_for_autoencoder, self._wait_for_expert):
             waiting += [task for place in places.values() for task in place]
-        self._require(sorted(waiting) == sorted(unfinished), "a task is in no place, or in two")
+        self._require(sorted(waiting) == unfinished, "a task is in no place, or in two")
 
     def _add_task(self, event: TaskArrived) -> list[Instruction]:
         known = event.task in self._tasks or event.task in self._committed
         self._require(not known and not self._ended, f"task {event.task} arrived twice, or after the stream's end")
         self._first = event.task if self._first is None else self._first
-        self._tasks[event.task] = _Task(event.continues)
-        self._num_unfinished += 1
+        state = self._tasks[event.task] = _Task(event.continues, set(event.done), event.parent)
         self._pulling = False
+        if event.task == self._first and not self._has_statistics:
+            state.done.discard(Stage.FEATURES)
+        if state.next_stage is None:
+            return []
+        self._num_unfinished += 1
         heapq.heappush(self._without_autoencoder, event.task)
         return self._advance(event.task)
 
     def _advance(self, task: TaskId) -> list[Instruction]:
         """Put a task that does not run where its next stage's needs let it be: ready, waiting, or given up."""
         state = self._tasks[task]
-        if state.next_stage in (Stage.FEATURES, Stage.AUTOENCODER) and self._statistics_are_lost():
+        if state.next_stage is not Stage.EXPERT and self._statistics_are_lost():
             needed = f"it needs the standardization statistics of task {self._first}, which failed"
             return self._give_up(task, needed)
+        if state.next_stage in (Stage.AUTOENCODER, Stage.RELATE) and not self._has_statistics:
+            self._wait_for_statistics.append(task)
+            return []
         if state.next_stage is Stage.AUTOENCODER:
-            if not self._has_statistics:
-                self._wait_for_statistics.append(task)
-                return []
             if state.continues is not None and state.continues not in self._committed:
                 before = self._tasks[state.continues]
                 if before.failed:
                     return self._give_up(task, f"it continues task {state.continues}, which failed")
-                if not before.past(Stage.AUTOENCODER):
+                if Stage.AUTOENCODER not in before.done:
                     self._wait_for_autoencoder[state.continues].append(task)
                     return []
         elif state.next_stage is Stage.RELATE:
@@ -202,8 +248,7 @@ class Machine:
             earlier = event.parent is None or event.parent < event.task
             self._require(known and earlier, f"{event} names a parent that is unknown or later")
             state.parent = event.parent
-        following = _STAGES.index(event.stage) + 1
-        state.next_stage = _STAGES[following] if following < len(_STAGES) else None
+        state.done.add(event.stage)
         freed: list[TaskId] = []
         if event.stage is Stage.FEATURES and event.task == self._first and not self._has_statistics:
             self._has_statistics = True
@@ -211,16 +256,24 @@ class Machine:
         elif event.stage is Stage.AUTOENCODER:
             freed = self._wait_for_autoencoder.pop(event.task, []) + self._related_now()
         elif event.stage is Stage.EXPERT:
+            freed = self._wait_for_expert.pop(event.task, [])
+        if state.next_stage is None:
             self._num_unfinished -= 1
-            return self._advance_all(self._wait_for_expert.pop(event.task, []))
+            return self._advance_all(freed)
         return self._advance_all([event.task, *freed])
 
     def _fail(self, event: StageFailed) -> list[Instruction]:
-        causes = self._tasks[event.task].causes.setdefault(event.stage, [])
-        causes.append(event.cause)
-        if decide(causes) is Decision.RETRY:
+        failures = self._tasks[event.task].failures
+        failures.append(event)
+        of_stage = [failure for failure in failures if failure.stage is event.stage]
+        if decide([f.cause for f in of_stage], [f.cause for f in failures]) is Decision.RETRY:
             return self._advance(event.task)
-        return self._give_up(event.task, event.message)
+        # A storage that does not take what is written would fail every task that is left, hours of work each.
+        self._stopping |= self._stop_on_failure or event.cause is Cause.STORAGE
+        if len(failures) == 1:
+            return self._give_up(event.task, event.message)
+        told = "; ".join(f"{f.stage.value} attempt {f.attempt}, {f.cause.value}: {f.message}" for f in failures)
+        return self._give_up(event.task, f"{len(failures)} attempts failed: {told}")
 
     def _give_up(self, task: TaskId, message: str) -> list[Instruction]:
         """Fail a task that is in no waiting place, and whatever waits for it."""
@@ -240,15 +293,12 @@ class Machine:
         run = self._busy.get(event.worker)
         if run is not None:
             self._release(run.task)
-        del self._nodes[event.worker], self._idle[event.worker]
+        del self._nodes[event.worker]
+        self._idle.pop(event.worker, None)
+        self._leaving.discard(event.worker)
         if run is None:
             return []
-        return self._fail(StageFailed(run.task, run.stage, run.attempt, Cause.WORKER_LOST, event.message))
-
-    def _is_current(self, event: StageFinished | StageFailed) -> bool:
-        self._require(event.task in self._tasks, f"a report of the unknown task {event.task}")
-        run = self._tasks[event.task].run
-        return run is not None and (run.stage, run.attempt) == (event.stage, event.attempt)
+        return self._fail(StageFailed(run.task, run.stage, run.attempt, event.cause, event.message))
 
     def _release(self, task: TaskId) -> None:
         state = self._tasks[task]
@@ -256,10 +306,13 @@ class Machine:
         worker = state.run.worker
         state.run, state.node = None, self._nodes[worker]
         del self._busy[worker]
-        self._idle[worker] = self._nodes[worker]
+        if worker not in self._leaving:
+            self._idle[worker] = self._nodes[worker]
 
     def _start_stages(self) -> list[Instruction]:
         instructions: list[Instruction] = []
+        if self._stopping:
+            return instructions
         for stage in _PRIORITY:
             while self._idle and self._ready[stage]:
                 instructions.append(self._start(heapq.heappop(self._ready[stage]), stage))
@@ -276,9 +329,9 @@ class Machine:
         near = (worker for worker, node in self._idle.items() if node == state.node)
         worker = next(near, next(iter(self._idle)))
         del self._idle[worker]
-        state.attempt += 1
         gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
-        state.run = self._busy[worker] = RunStage(task, stage, state.attempt, worker, gives_statistics)
+        state.run = self._busy[worker] = RunStage(task, stage, self._next_attempt, worker, gives_statistics)
+        self._next_attempt += 1
         return state.run
 
     def _related_now(self) -> list[TaskId]:
@@ -291,7 +344,7 @@ class Machine:
 
     def _first_without_autoencoder(self) -> float:
         missing = self._without_autoencoder
-        while missing and (self._tasks[missing[0]].failed or self._tasks[missing[0]].past(Stage.AUTOENCODER)):
+        while missing and (self._tasks[missing[0]].failed or Stage.AUTOENCODER in self._tasks[missing[0]].done):
             heapq.heappop(missing)
         return missing[0] if missing else float("inf")
 
@@ -299,7 +352,7 @@ class Machine:
         return not self._has_statistics and self._first is not None and self._tasks[self._first].failed
 
     def _expert_ready(self, task: TaskId) -> bool:
-        return task in self._committed or self._tasks[task].next_stage is None
+        return task in self._committed or Stage.EXPERT in self._tasks[task].done
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

@@ -2,11 +2,14 @@
 
     run.json                              what the run is: configuration, versions, backbone
     root-<hash>.safetensors               the pretrained root network
+    sessions/00001.json                   who drives the run, or drove it: the lease
     statistics.json                       names statistics-<hash>.safetensors
+    tasks/00003/task.json                 what arrived as task 3: label, classes, versions, identity of the data
     tasks/00003/autoencoder.json          names autoencoder-<hash>.safetensors
     tasks/00003/relatedness.json          the task's row of the relatedness table, and its parent
     tasks/00003/manifest.json             the seal: names the expert and the hashes of all of the above
     tasks/00003/timings.json              who did what for how long; never hashed
+    tasks/00003/checkpoint.json           names checkpoint-<hash>.safetensors while the expert trains; gone afterwards
     tables/registry.parquet, tables/relatedness.parquet   exports for people, rebuilt from the records
 
 Weights are named by their own hash: a second attempt at the same stage writes the same file.
@@ -20,16 +23,23 @@ SCHEMA_VERSION = 1
 
 RUN = "run.json"
 STATISTICS = "statistics.json"
+SESSIONS = "sessions"
 TASKS = "tasks"
 REGISTRY_TABLE = "tables/registry.parquet"
 RELATEDNESS_TABLE = "tables/relatedness.parquet"
 
 
 def task_file(task: TaskId, name: str) -> str:
-    """Path of a task's record: ``name`` is "autoencoder", "relatedness", "manifest" or "timings"."""
+    """Path of a task's record: ``name`` is "task", "autoencoder", "relatedness", "manifest", "timings" or
+    "checkpoint"."""
     return f"{TASKS}/{task:05d}/{name}.json"
 
 
 def task_weights(task: TaskId, name: str) -> str:
-    """Path of a task's weights without hash and ending: ``name`` is "autoencoder" or "expert"."""
+    """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "expert" or "checkpoint"."""
     return f"{TASKS}/{task:05d}/{name}"
+
+
+def session_file(generation: int) -> str:
+    """Path of the record of the run's driver number ``generation``."""
+    return f"{SESSIONS}/{generation:05d}.json"

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distributed_eg.errors import StorageError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.sealing import Artifact, Storage, artifact_of, damaged
 from distributed_eg.types import AutoencoderKind, RelatednessRow, TaskId, Transfer, TransferChoice
 
 
@@ -20,6 +19,19 @@ class StatisticsRecord:
     artifact: Artifact
     num_samples: int
     root_autoencoder: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """What arrived as a task, written before anything is done for it: a resumed run must be given the same again."""
+
+    task: TaskId
+    label: int
+    classes: tuple[int, ...]
+    versions: tuple[TaskId, ...]
+    continues: TaskId | None
+    identity: dict[str, Any]
+    """What the data are recognised by: JSON values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,20 @@ def read_statistics(storage: Storage) -> StatisticsRecord | None:
         return StatisticsRecord(Artifact(**raw["artifact"]), raw["num_samples"], root and Artifact(**root))
 
 
+def write_task(storage: Storage, record: TaskRecord) -> Artifact:
+    """Note what arrived as a task."""
+    return storage.write_record(layout.task_file(record.task, "task"), asdict(record))
+
+
+def read_task(storage: Storage, task: TaskId) -> TaskRecord | None:
+    """What arrived as a task, or None where nothing did yet."""
+    raw = _read_task_record(storage, task, "task")
+    if raw is None:
+        return None
+    with _as_written(storage, layout.task_file(task, "task")):
+        return TaskRecord(**{**raw, "classes": tuple(raw["classes"]), "versions": tuple(raw["versions"])})
+
+
 def write_autoencoder(storage: Storage, record: AutoencoderRecord) -> Artifact:
     """Seal a task's autoencoder record."""
     return storage.write_record(layout.task_file(record.task, "autoencoder"), asdict(record))
@@ -113,6 +139,12 @@ def read_relatedness(storage: Storage, task: TaskId) -> RelatednessRecord | None
     with _as_written(storage, layout.task_file(task, "relatedness")):
         rows = tuple(RelatednessRow(**row) for row in raw["rows"])
         return RelatednessRecord(**{**raw, "choice": TransferChoice(**raw["choice"]), "rows": rows})
+
+
+def relatedness_artifact(storage: Storage, task: TaskId) -> Artifact:
+    """What a task's relatedness record hashes to."""
+    path = layout.task_file(task, "relatedness")
+    return artifact_of(path, storage.read(path))
 
 
 def write_manifest(storage: Storage, manifest: TaskManifest) -> Artifact:
@@ -157,7 +189,7 @@ def _as_written(storage: Storage, path: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError) as error:
-        raise StorageError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}") from error
+        raise damaged(path, f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
 
 
 def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, Any] | None:
@@ -166,7 +198,7 @@ def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, An
         return None
     raw = storage.read_record(path)
     if raw.setdefault("task", task) != task:
-        raise StorageError(f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
+        raise damaged(path, f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
     if name == "timings":
         del raw["task"]
     return raw

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +17,18 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from distributed_eg.errors import StorageError
-from distributed_eg.store.layout import SCHEMA_VERSION
+from distributed_eg.errors import DamagedFileError, StorageError
+from distributed_eg.store.layout import RUN, SCHEMA_VERSION
+
+REPAIR = (
+    "To repair it, resume the training with the same storage (`ClusterConfig(resume=True)`, or the same "
+    "`distributed-eg run … --storage …` command): the stage that made it is run again."
+)
+TEMPORARY = ".writing-"
+"""How the names of files begin that are being written, or whose writer was killed."""
+
+_NO_FOLDER_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +62,40 @@ class Storage:
     def write(self, path: str, data: bytes) -> Artifact:
         """Seal ``data`` under ``path``.
 
-        On a local disk or NFS the bytes go to a temporary name, are flushed and then renamed; object stores make an
-        object visible only when it is whole.
+        On a local disk or NFS the bytes go to a temporary name, are flushed, read back and then renamed; object stores
+        make an object visible only when it is whole, and are asked for its size.
+
+        Raises:
+            StorageError: the directory cannot be written, or does not keep what is written.
+        """
+        self._check(path)
+        with self._writing(path):
+            if self._local is not None:
+                with _temporary(self._local / path, data) as temporary:
+                    temporary.replace(self._local / path)
+            else:
+                self._write_object(path, data)
+        return artifact_of(path, data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file that must not be there yet: whether this call made it.
+
+        Of several callers at once exactly one makes it, on local disks and NFS. Object stores have no such call in
+        ``pyarrow.fs``: there the last of several writers within the same moment wins, which each of them sees only if
+        it wrote before this call read back.
 
         Raises:
             StorageError: the directory cannot be written.
         """
-        try:
+        self._check(path)
+        with self._writing(path):
             if self._local is not None:
-                _write_local(self._local / path, data)
-            else:
-                self._write_object(path, data)
-        except OSError as error:
-            raise StorageError(
-                f"The storage {self.uri!r} cannot be written at {path!r}: {error} Check that it exists, that it is "
-                "writable and that it has room."
-            ) from error
-        return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
+                with _temporary(self._local / path, data) as temporary:
+                    return _link(temporary, self._local / path, data)
+            if self.exists(path):
+                return False
+            self._write_object(path, data)
+            return self.read(path) == data
 
     def _write_object(self, path: str, data: bytes) -> None:
         try:
@@ -76,13 +105,17 @@ class Storage:
             stream = self._fs.open_output_stream(path)
         with stream:
             stream.write(data)
+        kept = self._fs.get_file_info(path).size
+        if kept != len(data):
+            raise OSError(f"the store reports {kept} bytes after {len(data)} bytes were written.")
 
     def read(self, path: str) -> bytes:
         """The bytes of ``path``.
 
         Raises:
-            StorageError: it is missing or cannot be read.
+            StorageError: it is missing, cannot be read or lies outside of the run directory.
         """
+        self._check(path, follow=True)
         try:
             with self._fs.open_input_stream(path) as stream:
                 return bytes(stream.read())
@@ -93,34 +126,47 @@ class Storage:
         """The bytes of a sealed file, verified.
 
         Raises:
-            StorageError: it is missing, or its bytes have another hash than its record says.
+            DamagedFileError: it is missing, or its bytes have another size or hash than its record says.
+            StorageError: it cannot be read, or its record names a path outside of the run directory.
         """
-        data = self.read(artifact.path)
+        says = f"its record says {artifact.size_bytes} bytes and {str(artifact.sha256)[:12]}…"
+        try:
+            data = self.read(artifact.path)
+        except StorageError as error:
+            self._check(artifact.path, follow=True)
+            if self.exists(artifact.path):
+                raise
+            message = f"The file {artifact.path!r} in {self.uri!r} is missing; {says}. {REPAIR}"
+            raise damaged(artifact.path, message) from error
         found = hashlib.sha256(data).hexdigest()
-        if found != artifact.sha256:
-            raise StorageError(
-                f"The file {artifact.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found[:12]}…, its "
-                f"record says {artifact.size_bytes} bytes and {artifact.sha256[:12]}…."
+        if (found, len(data)) != (artifact.sha256, artifact.size_bytes):
+            raise damaged(
+                artifact.path,
+                f"The file {artifact.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found[:12]}…, "
+                f"{says}. {REPAIR}",
             )
         return data
 
     def write_record(self, path: str, record: dict[str, Any]) -> Artifact:
         """Seal a JSON record, with its schema version."""
-        body = {"schema_version": SCHEMA_VERSION, **record}
-        return self.write(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+        return self.write(path, record_bytes(record))
 
     def read_record(self, path: str) -> dict[str, Any]:
         """A JSON record.
 
         Raises:
-            StorageError: it is missing, is no JSON, or has another schema version.
+            DamagedFileError: it is no JSON object.
+            StorageError: it is missing, or has another schema version.
         """
+        data = self.read(path)
         try:
-            record = json.loads(self.read(path))
+            record = json.loads(data)
         except ValueError as error:
-            raise StorageError(f"The record {path!r} in {self.uri!r} is damaged: {error}") from error
+            message = f"The record {path!r} in {self.uri!r} is damaged: {error}. {repair_of(path)}"
+            raise damaged(path, message) from error
         if not isinstance(record, dict):
-            raise StorageError(f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r}, not an object.")
+            message = f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r:.60}, no object."
+            raise damaged(path, f"{message} {repair_of(path)}")
         version = record.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise StorageError(
@@ -135,8 +181,38 @@ class Storage:
         Raises:
             StorageError: that cannot be told.
         """
+        self._check(path)
         with self._asking(path):
             return bool(self._fs.get_file_info(path).type == fs.FileType.File)
+
+    def size(self, path: str) -> int:
+        """Size of a file in bytes.
+
+        Raises:
+            StorageError: it is not there, or that cannot be told.
+        """
+        self._check(path)
+        with self._asking(path):
+            info = self._fs.get_file_info(path)
+        if info.size is None:
+            raise StorageError(f"The run directory {self.uri!r} has no file {path!r}.")
+        return int(info.size)
+
+    def walk(self) -> list[str]:
+        """Paths of all files of the run directory, sorted; symbolic links are neither listed nor followed.
+
+        Raises:
+            StorageError: that cannot be told.
+        """
+        with self._asking(""):
+            if self._local is None:
+                selector = fs.FileSelector("", recursive=True, allow_not_found=True)
+                infos = self._fs.get_file_info(selector)
+                return sorted(info.path for info in infos if info.type == fs.FileType.File)
+            found = [Path(folder, name) for folder, _, names in os.walk(self._local, onerror=_raise) for name in names]
+            return sorted(
+                file.relative_to(self._local).as_posix() for file in found if file.is_file() and not file.is_symlink()
+            )
 
     def list(self, path: str) -> list[str]:
         """Names of the files and folders directly under ``path``, sorted; none where it does not exist.
@@ -144,6 +220,8 @@ class Storage:
         Raises:
             StorageError: that cannot be told.
         """
+        if path != "":  # the run directory itself
+            self._check(path, follow=True)
         selector = fs.FileSelector(path, allow_not_found=True)
         with self._asking(path):
             return sorted(info.base_name for info in self._fs.get_file_info(selector))
@@ -154,8 +232,57 @@ class Storage:
         Raises:
             StorageError: it is not there, or may not be removed.
         """
+        self._check(path)
         with self._asking(path):
             self._fs.delete_file(path)
+
+    def sweep(self) -> int:
+        """Remove the temporary files that killed writers left, and say how many; object stores have none.
+
+        A file that somebody is writing at this moment goes too, and its writer gets an error: call it while nobody
+        writes.
+
+        Raises:
+            StorageError: one cannot be removed.
+        """
+        if self._local is None:
+            return 0
+        left = [path for path in self.walk() if path.rpartition("/")[2].startswith(TEMPORARY)]
+        with self._asking(TEMPORARY):
+            for path in left:
+                (self._local / path).unlink(missing_ok=True)
+        return len(left)
+
+    def _check(self, path: str, *, follow: bool = False) -> None:
+        """Refuse a path that leads out of the run directory, by its text or by a symbolic link.
+
+        The last part of a path may be a link where it is only looked at, replaced or removed; ``follow`` says that
+        what it points to will be read.
+        """
+        says = f"{path!r:.200} names no file inside the run directory {self.uri!r}"
+        if not _is_plain(path):
+            raise StorageError(f"{says}; the record that names it may have been tampered with. Nothing was touched.")
+        if self._local is None:
+            return
+        target = self._local / path
+        real = Path(os.path.realpath(target if follow else target.parent))
+        if not real.is_relative_to(os.path.realpath(self._local)):
+            raise StorageError(
+                f"{says}: a symbolic link leads to {str(real)!r}; it, or the record that names it, may have been "
+                "tampered with. Nothing was touched."
+            )
+
+    @contextlib.contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except OSError as error:
+            raise StorageError(
+                f"The storage {self.uri!r} cannot be written at {path!r}: {error} Check that it exists, that it is "
+                "writable and that it has room."
+            ) from error
 
     @contextlib.contextmanager
     def _asking(self, path: str) -> Iterator[None]:
@@ -165,16 +292,93 @@ class Storage:
             raise StorageError(f"The storage {self.uri!r} does not answer for {path!r}: {error}") from error
 
 
-def _write_local(target: Path, data: bytes) -> None:
+def damaged(path: str, message: str) -> DamagedFileError:
+    """The error for a damaged file; its attribute ``path`` names the file for whoever repairs it."""
+    error = DamagedFileError(message)
+    vars(error)["path"] = path
+    return error
+
+
+def damaged_path(error: DamagedFileError) -> str:
+    """Which file an error is about; empty where it was not made by ``damaged``."""
+    return str(getattr(error, "path", ""))
+
+
+def repair_of(path: str) -> str:
+    """What repairs a record of the run directory, as a sentence."""
+    return REPAIR if path != RUN else "Nothing else holds what the run is: restore the file from a copy of it."
+
+
+def artifact_of(path: str, data: bytes) -> Artifact:
+    """What ``data`` is called once it is sealed under ``path``."""
+    return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def record_bytes(record: dict[str, Any]) -> bytes:
+    """A JSON record as it is sealed, with its schema version."""
+    return (json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _is_plain(path: object) -> bool:
+    """Whether a path is of the kind that this package writes: relative, of named parts, without any tricks."""
+    if not isinstance(path, str) or re.search(r"[\\\0\ud800-\udfff]|^[A-Za-z]:", path):
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+@contextlib.contextmanager
+def _temporary(target: Path, data: bytes) -> Iterator[Path]:
+    """A whole, flushed, verified file of ``data`` beside ``target``, to be put in its place; gone afterwards."""
+    new_folders = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".writing-{uuid.uuid4().hex}")
+    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(target)
-    except BaseException:
+        if temporary.read_bytes() != data:
+            raise OSError("what was written reads back differently.")
+        yield temporary
+        for folder in (target.parent, *(folder.parent for folder in new_folders)):
+            _sync_folder(folder)
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
+
+
+def _link(temporary: Path, target: Path, data: bytes) -> bool:
+    """Give a file its final name too, unless that is taken: whether it got it."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        # NFS may say so after it did the work, when its first answer was lost: then the file has two names.
+        return temporary.stat().st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Buckets mounted as folders: as exclusive, but others may see the file before it is whole.
+        try:
+            with target.open("xb") as stream:
+                stream.write(data)
+        except FileExistsError:
+            return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names in a folder last, on file systems that can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a folder that is not there has no files
+        raise error

@@ -21,6 +21,11 @@ def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -
     Raises:
         StorageError: the run directory cannot be written.
     """
+    return storage.write(*pack_tensors(prefix, tensors))
+
+
+def pack_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """Path and bytes of the file that ``save_tensors`` writes."""
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):
@@ -29,7 +34,7 @@ def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
     data = save(own)
-    return storage.write(f"{prefix}-{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}.safetensors", data)
+    return f"{prefix}-{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}.safetensors", data
 
 
 def load_tensors(storage: Storage, artifact: Artifact) -> dict[str, Tensor]:

@@ -10,8 +10,18 @@ import torch
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
+from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.model import ExpertGate
+from distributed_eg.types import AutoencoderKind
+
+_SGD_ONLY: Mapping[str, str] = {
+    "batch_size": "ae_train_mb_size",
+    "epochs": "ae_train_epochs",
+    "lr": "ae_lr",
+    "optimizer": "ae_optimizer",
+}
+"""What only the autoencoder "sgd" reads, and its name in the strategy's signature."""
 
 _REMEMBER: Mapping[str, str] = {
     **dict.fromkeys(
@@ -38,6 +48,31 @@ def warn_of_memory(plugins: Iterable[Any]) -> None:
                 "empty with every task and has nothing to add.",
                 stacklevel=3,
             )
+
+
+def autoencoder_config(
+    kind: AutoencoderKind,
+    *,
+    latent_dim: int,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    optimizer: AutoencoderOptimizer,
+) -> AutoencoderConfig:
+    """How autoencoders are made; says which of the seed's settings a closed-form one ignores.
+
+    Raises:
+        InputError: a value cannot be used.
+    """
+    config = AutoencoderConfig(
+        kind=kind, latent_dim=latent_dim, lr=lr, epochs=epochs, batch_size=batch_size, optimizer=optimizer
+    )
+    if kind == "linear":
+        default = AutoencoderConfig()
+        ignored = [name for field, name in _SGD_ONLY.items() if getattr(config, field) != getattr(default, field)]
+        if ignored:
+            warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=4)
+    return config
 
 
 def takes_infinities(criterion: Any) -> bool:

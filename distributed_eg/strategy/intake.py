@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 
@@ -13,6 +14,7 @@ from distributed_eg.runtime.opening import OpenRun
 from distributed_eg.runtime.requests import TaskInput
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.strategy.experiences import Part, parts_of, task_data, validation_in, validation_of, with_label
+from distributed_eg.strategy.identity import DataIdentities
 from distributed_eg.types import OnRepeat, TaskId
 
 Streams = Sequence[CLExperience | Iterable[CLExperience]]
@@ -56,6 +58,7 @@ class Intake:
         on_repeat: what a label that comes again means.
         evaluations: what experts are measured on while they train; None: their validation parts.
         valid_stream: validation parts by index; None: the benchmark's own, else split off.
+        settings: what else the tasks are recognised by when a run is resumed.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Intake:
         on_repeat: OnRepeat,
         evaluations: Sequence[Part] | None,
         valid_stream: Iterable[CLExperience] | None,
+        settings: Mapping[str, Any],
     ) -> None:
         self._run = run
         self._method = method
@@ -76,6 +80,8 @@ class Intake:
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
         self._last = -1
+        self._identities = DataIdentities()
+        self._settings = settings
 
     def inputs(self, experiences: Iterable[CLExperience]) -> Iterator[TaskInput]:
         """The tasks of ``experiences``, in order, each shipped when it is asked for."""
@@ -107,9 +113,22 @@ class Intake:
             measured = [other for other in self._evaluations if other.label == part.label]
         method = self._method
         data = task_data(part, task, method.seed, method.validation_fraction, valid=valid, evaluations=measured)
+        identity = {"data": self._identities.of(part.dataset), **self._settings}
+        if valid is not None:
+            identity["validation"] = self._identities.of(valid)
         shipped, leaves = self._run.engine.shipper.ship(data, f"the dataset of experience {part.info.index}")
         self._held[task] = (experience, leaves)
-        return TaskInput(task, part.label, classes, shipped, part.info, uuid.uuid4().hex, (*before, task), continues)
+        return TaskInput(
+            task,
+            part.label,
+            classes,
+            shipped,
+            part.info,
+            uuid.uuid4().hex,
+            (*before, task),
+            continues,
+            identity=identity,
+        )
 
 
 def _flat(streams: Streams) -> Iterator[CLExperience]:

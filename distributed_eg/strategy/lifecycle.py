@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.runtime.opening import OpenRun, open_run
 from distributed_eg.runtime.registry import Registry
-from distributed_eg.runtime.session import Observer
+from distributed_eg.runtime.training import Observer
 from distributed_eg.store.reading import ExpertReader, Reference
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.weights import load_tensors
@@ -29,13 +29,19 @@ _UNEQUAL = 3
 
 
 def start_run(
-    model: ExpertGate, cluster: ClusterConfig, method: MethodConfig, device: str | None, observer: Observer | None
+    model: ExpertGate,
+    cluster: ClusterConfig,
+    method: MethodConfig,
+    settings: dict[str, Any],
+    device: str | None,
+    observer: Observer | None,
 ) -> OpenRun:
     """Open a run for ``model``; without a storage it lies in a temporary folder that lives as long as the model."""
     by_ray = cluster.engine == "ray" and (device is None or device.startswith("cuda"))
     run = open_run(
         cluster,
         method,
+        settings=settings,
         root=model.expert,
         backbone={
             "arch": model.arch,

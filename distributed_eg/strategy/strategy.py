@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -22,15 +21,18 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
+from distributed_eg.config import AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.opening import OpenRun
-from distributed_eg.runtime.session import Observer
+from distributed_eg.runtime.stopping import terminable
+from distributed_eg.runtime.training import Observer
 from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
-from distributed_eg.strategy.checks import check_optimizer, takes_infinities, warn_of_memory
+from distributed_eg.strategy.checkpointing import Checkpointing
+from distributed_eg.strategy.checks import autoencoder_config, check_optimizer, takes_infinities, warn_of_memory
 from distributed_eg.strategy.evaluation import Answers, ask_workers
+from distributed_eg.strategy.identity import plain_values, settings_identity
 from distributed_eg.strategy.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, tables, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
@@ -42,7 +44,6 @@ from distributed_eg.strategy.travelling import pack, pack_metrics
 from distributed_eg.types import OnRepeat
 
 _DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "untouched", "_open", "_finalizer", "_reporter"})
-_SGD_ONLY = {"ae_train_mb_size": 1, "ae_train_epochs": 2, "ae_lr": 1e-3, "ae_optimizer": "sgd"}
 
 
 class ExpertGateStrategy(SupervisedTemplate):
@@ -57,6 +58,8 @@ class ExpertGateStrategy(SupervisedTemplate):
     """
 
     adapted_dataset: Any
+    _checkpointing: Checkpointing | None = None
+    _stop_training: bool
 
     def __init__(
         self,
@@ -130,23 +133,14 @@ class ExpertGateStrategy(SupervisedTemplate):
         """
         if not isinstance(model, ExpertGate):
             raise InputError(f"ExpertGateStrategy needs a distributed_eg.ExpertGate model, not {type(model).__name__}.")
-        autoencoder = AutoencoderConfig(
-            kind=model.autoencoder,
+        autoencoder = autoencoder_config(
+            model.autoencoder,
             latent_dim=ae_latent_dim,
             lr=ae_lr,
             epochs=ae_train_epochs,
             batch_size=ae_train_mb_size,
             optimizer=ae_optimizer,
         )
-        given = {
-            "ae_train_mb_size": ae_train_mb_size,
-            "ae_train_epochs": ae_train_epochs,
-            "ae_lr": ae_lr,
-            "ae_optimizer": ae_optimizer,
-        }
-        ignored = [name for name, value in given.items() if value != _SGD_ONLY[name]]
-        if autoencoder.kind == "linear" and ignored:
-            warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=3)
         check_optimizer(optimizer, model)
         warn_of_memory(plugins or ())
         self.method = MethodConfig(
@@ -243,6 +237,8 @@ class ExpertGateStrategy(SupervisedTemplate):
             InputError: an experience cannot be used; those before it in the stream are committed, and nothing was begun
                 where the stream's length is known.
             TaskFailedError: tasks failed; every task that did not need a failed one is committed.
+            ResumeError: the storage holds a run that was begun with something else.
+            RunInUseError: another driver works on that run.
         """
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
@@ -250,18 +246,21 @@ class ExpertGateStrategy(SupervisedTemplate):
             known = {} if self._open is None else self._open.session.registry.newest
             check_experiences(sized, known, self.on_repeat)
         trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
+        settings = {**settings_identity(self), "loader": plain_values(kwargs)}
         evaluations = evaluation_parts(eval_streams)
-        run = self._opened()
+        with terminable():
+            run = self._opened(settings)
         shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
-        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream)
+        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream, settings)
         num_tasks = len(sized) if isinstance(sized, list) else None
 
         def on_commit(manifest: TaskManifest, log: Any) -> None:
             self.experience = intake.release(manifest.task).logging()
-            replay(self, self.evaluator, log)
+            replay(self, self.evaluator, log or ())
 
         try:
-            run.session.train(intake.inputs(sized), num_tasks, shipped_trainer, on_commit)
+            with terminable():
+                run.session.train(intake.inputs(sized), num_tasks, shipped_trainer, on_commit)
         finally:
             self._train_cleanup()
             attach_model(self.model, run, self.method, self.cluster.max_resident_experts)
@@ -281,6 +280,19 @@ class ExpertGateStrategy(SupervisedTemplate):
             model.width = max(model.width, len(weight))
         streams = group_by_stream(evaluations) if self.eval_every > -1 else []
         super().train([experience], eval_streams=streams, **loader_args)
+
+    def _train_exp(self, experience: CLExperience, eval_streams: Any = None, **kwargs: Any) -> None:
+        """Avalanche's loop over the epochs, from where a checkpoint left off; on a worker only."""
+        run = self._checkpointing
+        for epoch in range(self.train_epochs)[0 if run is None else run.begin() :]:
+            self._before_training_epoch(**kwargs)
+            if self._stop_training:
+                self._stop_training = False
+                break
+            self.training_epoch(**kwargs)
+            self._after_training_epoch(**kwargs)
+            if run is not None:
+                run.epoch_ended(epoch + 1)
 
     @torch.no_grad()
     def eval(self, exp_list: CLExperience | Iterable[CLExperience], **kwargs: Any) -> dict[str, Any]:
@@ -304,7 +316,8 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._ask_workers(self._open, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
         self.plugins.insert(0, self._reporter)
         try:
-            return super().eval(experiences, **kwargs)
+            with terminable():
+                return super().eval(experiences, **kwargs)
         except BaseException:
             self._eval_cleanup()
             raise
@@ -371,12 +384,12 @@ class ExpertGateStrategy(SupervisedTemplate):
         """Close it."""
         self.close()
 
-    def _opened(self) -> OpenRun:
+    def _opened(self, settings: dict[str, Any]) -> OpenRun:
         if self._open is not None and self._finalizer is not None and self._finalizer.alive:
             return self._open
         if self._open is not None:
             raise InputError("This strategy was closed; make a new one.")
-        run = start_run(self.model, self.cluster, self.method, self._asked_device, self.observer)
+        run = start_run(self.model, self.cluster, self.method, settings, self._asked_device, self.observer)
         try:
             adopt_reference(run, self.reference, self.method.autoencoder.kind)
         except BaseException:
@@ -394,4 +407,5 @@ class ExpertGateStrategy(SupervisedTemplate):
             asked.append((self.experience, self.adapted_dataset))
         self.experience = None
         self.adapted_dataset = None
-        self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))
+        with terminable():
+            self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))

@@ -20,6 +20,7 @@ from distributed_eg.method.distill import Distillation
 from distributed_eg.method.expert import find_head
 from distributed_eg.runtime.requests import ExpertJob, TrainedExpert
 from distributed_eg.strategy.blame import blame
+from distributed_eg.strategy.checkpointing import Checkpointing
 from distributed_eg.strategy.experiences import rebuild
 from distributed_eg.strategy.model import SingleExpert
 from distributed_eg.strategy.recording import RecordingLogger
@@ -56,6 +57,9 @@ class StrategyTrainer:
         strategy.optimizer.state.clear()
         rules = _ExpertRules(job, distillation)
         strategy.plugins = [rules, *strategy.plugins]
+        assert recorder is not None
+        if job.checkpoints is not None:
+            strategy._checkpointing = Checkpointing(job.checkpoints, job, strategy, recorder)
         strategy.device = job.device
         if isinstance(strategy._criterion, nn.Module):
             strategy._criterion.to(job.device)
@@ -77,7 +81,6 @@ class StrategyTrainer:
             if distillation is not None:
                 distillation.detach()
         _require_finite(job)
-        assert recorder is not None
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
 
 
@@ -95,6 +98,14 @@ class _ExpertRules(SupervisedPlugin):
     def mean_distillation(self) -> float | None:
         """Mean distillation term over the iterations; None without LwF."""
         return None if self._distillation is None else self._total / max(1, self._count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running totals."""
+        return {"total": self._total, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from those."""
+        self._total, self._count = state["total"], state["count"]
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the distillation term, as Avalanche's own LwF plugin does."""

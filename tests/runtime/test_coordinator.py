@@ -8,16 +8,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from distributed_eg.errors import StorageError
+from distributed_eg.errors import RunInUseError, StorageError
 from distributed_eg.runtime.coordinator import Coordinator, Record
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.store import layout
+from distributed_eg.store.lease import Lease
 from distributed_eg.store.records import (
     AutoencoderRecord,
     RelatednessRecord,
     StageTiming,
     StatisticsRecord,
     TaskManifest,
+    TaskRecord,
 )
 from distributed_eg.store.sealing import Artifact, Storage
 from distributed_eg.types import RelatednessRow, TransferChoice
@@ -67,12 +69,12 @@ def content(uri: str) -> dict[str, bytes]:
 
 
 def test_a_new_run_is_empty_and_asking_writes_nothing(uri: str) -> None:
-    assert Coordinator(uri).registry() == Registry()
+    assert Coordinator(uri, 1).registry() == Registry()
     assert not Path(uri).exists()
 
 
 def test_an_answer_is_in_the_run_directory_already(uri: str) -> None:
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     for record in (STATISTICS, *records_of(0)):
         sealed = coordinator.record(record)
         assert Storage(uri).read_artifact(sealed)
@@ -82,13 +84,13 @@ def test_an_answer_is_in_the_run_directory_already(uri: str) -> None:
 
 def test_a_new_coordinator_on_the_same_directory_knows_the_same(uri: str) -> None:
     """Two sealed tasks and one that was interrupted after its relatedness."""
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     for task in (0, 1):
         seal(coordinator, task)
     for record in records_of(2):
         coordinator.record(record)
-    again = Coordinator(uri).registry()
+    again = Coordinator(uri, 1).registry()
     known = coordinator.registry()
     assert again.statistics == known.statistics
     assert again.autoencoders == known.autoencoders
@@ -103,29 +105,29 @@ def test_a_new_coordinator_on_the_same_directory_knows_the_same(uri: str) -> Non
 
 def test_a_coordinator_that_restarts_between_any_two_records_ends_with_the_same_files(tmp_path: Path) -> None:
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
-    coordinator = Coordinator(whole)
+    coordinator = Coordinator(whole, 1)
     coordinator.record(STATISTICS)
     for task in (0, 1, 2):
         seal(coordinator, task)
     coordinator.export()
-    Coordinator(broken).record(STATISTICS)
+    Coordinator(broken, 1).record(STATISTICS)
     for task in (0, 1, 2):
-        Coordinator(broken).record(records_of(task)[0])
-        sealed = Coordinator(broken).record(records_of(task)[1])
-        Coordinator(broken).note_timings(task, [StageTiming("expert", "w0", 1.5)])
-        Coordinator(broken).record(records_of(task, sealed)[2])
-    Coordinator(broken).export()
+        Coordinator(broken, 1).record(records_of(task)[0])
+        sealed = Coordinator(broken, 1).record(records_of(task)[1])
+        Coordinator(broken, 1).note_timings(task, [StageTiming("expert", "w0", 1.5)])
+        Coordinator(broken, 1).record(records_of(task, sealed)[2])
+    Coordinator(broken, 1).export()
     assert [*content(whole).values()] == [*content(broken).values()]
 
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_sealing_the_same_record_twice_changes_nothing(uri: str, restarted: bool) -> None:
     """A driver that lost the answer asks again, possibly of a new coordinator."""
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     seal(coordinator, 0)
     before = content(uri)
-    second = Coordinator(uri) if restarted else coordinator
+    second = Coordinator(uri, 1) if restarted else coordinator
     sealed = second.registry().relatedness_artifacts[0]
     assert [second.record(record) for record in (STATISTICS, *records_of(0, sealed))] == [
         coordinator.record(record) for record in (STATISTICS, *records_of(0, sealed))
@@ -136,7 +138,7 @@ def test_sealing_the_same_record_twice_changes_nothing(uri: str, restarted: bool
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize("which", range(4), ids=["statistics", "autoencoder", "relatedness", "task 0"])
 def test_another_record_for_the_same_task_is_refused(uri: str, which: int, restarted: bool) -> None:
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     seal(coordinator, 0)
     before = content(uri)
@@ -144,7 +146,7 @@ def test_another_record_for_the_same_task_is_refused(uri: str, which: int, resta
     changes = [{"num_samples": 61}, {"num_samples": 61}, {"variance": 4.5}, {"expert": artifact("another")}][which]
     other = dataclasses.replace(known, **changes)
     what = ["statistics", "autoencoder of task 0", "relatedness of task 0", "task 0"][which]
-    second = Coordinator(uri) if restarted else coordinator
+    second = Coordinator(uri, 1) if restarted else coordinator
     with pytest.raises(StorageError, match=f"another record for .*{what}"):
         second.record(other)
     assert content(uri) == before
@@ -154,12 +156,12 @@ def test_another_record_for_the_same_task_is_refused(uri: str, which: int, resta
 @pytest.mark.parametrize("restarted", [False, True])
 def test_what_a_failed_task_left_may_be_replaced(uri: str, restarted: bool) -> None:
     """Task 1 failed while its expert trained; its data were mended, so another autoencoder and parent come of them."""
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     seal(coordinator, 0)
     for record in records_of(1):
         coordinator.record(record)
-    coordinator = Coordinator(uri) if restarted else coordinator
+    coordinator = Coordinator(uri, 1) if restarted else coordinator
     autoencoder, relatedness = (
         dataclasses.replace(old, **change)
         for old, change in zip(records_of(1), ({"num_samples": 59}, {"variance": 5.0}), strict=True)
@@ -167,7 +169,7 @@ def test_what_a_failed_task_left_may_be_replaced(uri: str, restarted: bool) -> N
     coordinator.record(autoencoder)
     sealed = coordinator.record(relatedness)
     coordinator.record(records_of(1, sealed)[2])
-    for known in (coordinator.registry(), Coordinator(uri).registry()):
+    for known in (coordinator.registry(), Coordinator(uri, 1).registry()):
         assert (known.autoencoders[1], known.relatedness[1]) == (autoencoder, relatedness)
         assert known.relatedness_artifacts[1] == sealed
         assert set(known.manifests) == {0, 1}
@@ -175,54 +177,54 @@ def test_what_a_failed_task_left_may_be_replaced(uri: str, restarted: bool) -> N
 
 def test_statistics_may_be_replaced_only_while_no_task_is_sealed(uri: str) -> None:
     """A first task that failed left its statistics; errors of sealed tasks, though, are compared under one pair."""
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     other = dataclasses.replace(STATISTICS, num_samples=61)
     coordinator.record(other)
-    assert Coordinator(uri).registry().statistics == other
+    assert Coordinator(uri, 1).registry().statistics == other
     seal(coordinator, 0)
     with pytest.raises(StorageError, match="statistics"):
         coordinator.record(STATISTICS)
-    assert Coordinator(uri).registry().statistics == other
+    assert Coordinator(uri, 1).registry().statistics == other
 
 
 def test_a_record_that_could_not_be_written_is_not_known(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full for a moment: nothing was recorded, and another result may take the place."""
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     seal(coordinator, 0)
 
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
     first, second = records_of(1)[0], AutoencoderRecord(1, 11, "linear", artifact("another"), 60)
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StorageError, match="No space left"):
         coordinator.record(first)
     monkeypatch.undo()
     assert 1 not in coordinator.registry().autoencoders
     coordinator.record(second)
-    assert Coordinator(uri).registry().autoencoders[1] == second
+    assert Coordinator(uri, 1).registry().autoencoders[1] == second
 
 
 def test_a_task_without_a_manifest_is_not_in_the_tables(uri: str) -> None:
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     seal(coordinator, 0)
     for record in records_of(1):
         coordinator.record(record)
     coordinator.note_timings(1, [StageTiming("relate", "w0", 2.0)])
-    for known in (coordinator.registry(), Coordinator(uri).registry()):
+    for known in (coordinator.registry(), Coordinator(uri, 1).registry()):
         registry, relatedness = known.tables()
         assert registry["task"].to_pylist() == [0]
         assert relatedness["task"].to_pylist() == []
     seal(coordinator, 1)
-    registry, relatedness = Coordinator(uri).registry().tables()
+    registry, relatedness = Coordinator(uri, 1).registry().tables()
     assert registry["task"].to_pylist() == [0, 1]
     assert relatedness["task"].to_pylist() == [1]
 
 
 def test_the_export_reads_back_equal(uri: str) -> None:
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     coordinator.record(STATISTICS)
     for task in (1, 0, 2):  # as they end, not in order
         seal(coordinator, task)
@@ -237,12 +239,12 @@ def test_the_export_reads_back_equal(uri: str) -> None:
 
 
 def test_tables_do_not_depend_on_the_export_nor_on_its_files(uri: str) -> None:
-    coordinator = Coordinator(uri)
+    coordinator = Coordinator(uri, 1)
     seal(coordinator, 0)
     coordinator.export()
     expected = coordinator.registry().tables()
     (Path(uri) / layout.REGISTRY_TABLE).write_bytes(b"damaged")
-    again = Coordinator(uri)
+    again = Coordinator(uri, 1)
     assert all(a.equals(b) for a, b in zip(again.registry().tables(), expected, strict=True))
     again.export()
     assert pq.read_table(Path(uri) / layout.REGISTRY_TABLE).equals(expected[0])
@@ -250,6 +252,54 @@ def test_tables_do_not_depend_on_the_export_nor_on_its_files(uri: str) -> None:
 
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    coordinator = Coordinator(str(tmp_path / "file" / "run"))
+    coordinator = Coordinator(str(tmp_path / "file" / "run"), 1)
     with pytest.raises(StorageError, match="file/run"):
         coordinator.record(STATISTICS)
+
+
+def test_what_arrived_is_kept_and_may_change_only_while_its_task_is_not_sealed(uri: str) -> None:
+    coordinator = Coordinator(uri, 1)
+    arrival = TaskRecord(0, 10, (0, 1), (0,), None, {"length": 60})
+    corrected = dataclasses.replace(arrival, identity={"length": 61})
+    coordinator.record(arrival)
+    coordinator.record(corrected)
+    seal(coordinator, 0)
+    assert Coordinator(uri, 1).registry().arrivals == {0: corrected}
+    with pytest.raises(StorageError, match="the arrival of task 0"):
+        coordinator.record(arrival)
+
+
+def test_nothing_is_written_for_a_driver_whose_run_was_taken_over(uri: str) -> None:
+    """It was paused past its lease: its late reports must not meet the next driver's."""
+    storage = Storage(uri)
+    first = Lease.acquire(storage)
+    coordinator = Coordinator(uri, first.generation)
+    seal(coordinator, 0)
+    first.release()
+    second = Lease.acquire(storage)
+    before = content(uri)
+    calls = (
+        lambda: coordinator.record(records_of(1)[0]),
+        lambda: coordinator.note_timings(0, []),
+        coordinator.export,
+    )
+    for call in calls:
+        with pytest.raises(RunInUseError, match="Another driver has taken over"):
+            call()
+    assert content(uri) == before
+    assert Coordinator(uri, second.generation).record(records_of(1)[0])
+    second.release()
+
+
+def test_damaged_records_are_left_out_and_told(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever resumes makes them again; nothing else is lost with them."""
+    coordinator = Coordinator(uri, 1)
+    coordinator.record(STATISTICS)
+    for task in (0, 1, 2):
+        seal(coordinator, task)
+    (Path(uri) / layout.task_file(1, "autoencoder")).write_text("{")
+    (Path(uri) / layout.task_file(2, "manifest")).write_text("")
+    registry = Coordinator(uri, 2).registry()
+    assert set(registry.autoencoders) == {0, 2}
+    assert set(registry.manifests) == {0, 1}
+    assert [layout.task_file(1, "autoencoder") in text for text in caplog.messages].count(True) == 1

@@ -19,6 +19,7 @@ from distributed_eg.store.records import (
     StageTiming,
     StatisticsRecord,
     TaskManifest,
+    TaskRecord,
 )
 from distributed_eg.store.sealing import Artifact, Storage
 from distributed_eg.types import RelatednessRow, TransferChoice
@@ -35,6 +36,7 @@ def write_task(storage: Storage, task: int, label: int) -> TaskManifest:
     records.write_autoencoder(storage, AutoencoderRecord(task, label, "linear", autoencoder, 60))
     related = records.write_relatedness(storage, RelatednessRecord(task, choice, 1.0, 4.0, rows))
     classes = (2 * task, 2 * task + 1)
+    records.write_task(storage, TaskRecord(task, label, classes, (task,), None, {}))
     manifest = TaskManifest(task, label, (task,), classes, parent, choice.transfer, None, autoencoder, related, expert)
     records.write_manifest(storage, manifest)
     records.write_timings(storage, task, [StageTiming("expert", "w0", 1.0)])

@@ -1,0 +1,222 @@
+"""Checkpoints inside the expert stage: where a retried stage goes on, and how its state becomes JSON and tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distributed_eg.errors import DamagedFileError, StorageError
+from distributed_eg.store import layout
+from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.weights import load_tensors, save_tensors
+from distributed_eg.types import TaskId
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = frozenset(
+    {
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    }
+)
+_ARRAY_KINDS = "biufcSUmM"
+"""Kinds of numpy values that are nothing but their bytes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A stage's state after ``epochs`` epochs.
+
+    ``key`` is of everything that makes the stage what it is; ``values`` and ``tensors`` are what ``encode`` gave.
+    """
+
+    key: str
+    epochs: int
+    values: Any
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class CheckpointSlot:
+    """Where one stage keeps its checkpoint: the newest one, under the stage's own key."""
+
+    storage: Storage
+    task: TaskId
+    key: str
+
+    def load(self) -> Checkpoint | None:
+        """The stage's checkpoint, or None where it has to start from its beginning."""
+        return read_checkpoint(self.storage, self.task, self.key)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Put ``checkpoint`` in the place of the one before.
+
+        Raises:
+            StorageError: the run directory cannot be written.
+        """
+        write_checkpoint(self.storage, self.task, checkpoint)
+
+    def delete(self) -> None:
+        """Remove the checkpoint, so that the stage starts from its beginning.
+
+        Raises:
+            StorageError: a file may not be removed.
+        """
+        delete_checkpoint(self.storage, self.task)
+
+
+def write_checkpoint(storage: Storage, task: TaskId, checkpoint: Checkpoint) -> None:
+    """Seal the tensors, then the record that names them; what the record before named goes last.
+
+    Raises:
+        StorageError: the run directory cannot be written.
+    """
+    path = layout.task_file(task, "checkpoint")
+    before = _named_weights(storage, path)
+    artifact = save_tensors(storage, layout.task_weights(task, "checkpoint"), checkpoint.tensors)
+    body = {
+        "task": task,
+        "key": checkpoint.key,
+        "epochs": checkpoint.epochs,
+        "values": checkpoint.values,
+        "tensors": asdict(artifact),
+    }
+    storage.write_record(path, {**body, "sha256": _digest(body)})
+    if before not in (None, artifact.path):
+        _delete(storage, before)
+
+
+def read_checkpoint(storage: Storage, task: TaskId, key: str) -> Checkpoint | None:
+    """A task's checkpoint; None where there is none, where it is of another stage, or, with a warning, damaged.
+
+    Raises:
+        StorageError: the run directory does not answer.
+    """
+    path = layout.task_file(task, "checkpoint")
+    if not storage.exists(path):
+        return None
+    try:
+        body = storage.read_record(path)
+        digest = body.pop("sha256", None)
+        if digest != _digest(body):
+            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: its content has another hash.")
+        if body["key"] != key:
+            return None
+        return Checkpoint(key, body["epochs"], body["values"], load_tensors(storage, Artifact(**body["tensors"])))
+    except StorageError as error:
+        logger.warning(
+            "The checkpoint of task %d cannot be used, and its expert is trained from the beginning: %s", task, error
+        )
+        return None
+
+
+def delete_checkpoint(storage: Storage, task: TaskId) -> None:
+    """Remove a task's checkpoint where there is one: the record, then all weights, those of killed writers included.
+
+    Raises:
+        StorageError: a file may not be removed.
+    """
+    _delete(storage, layout.task_file(task, "checkpoint"))
+    folder, _, name = layout.task_weights(task, "checkpoint").rpartition("/")
+    for found in storage.list(folder):
+        if found.startswith(f"{name}-"):
+            _delete(storage, f"{folder}/{found}")
+
+
+def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A tree of plain values, tensors and arrays as JSON and tensors; ``decode`` gives back the same, bit for bit.
+
+    Trees are made of dicts with int or str keys (their order is kept), OrderedDicts, lists, tuples, None, bool, int,
+    float, str, dense tensors (detached; on the CPU when they come back) and numpy arrays and scalars.
+
+    Raises:
+        TypeError: there is anything else; the message says where.
+    """
+    tensors: dict[str, Tensor] = {}
+    return _encode(value, tensors, ""), tensors
+
+
+def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What ``encode`` was given.
+
+    Raises:
+        DamagedFileError: that did not come from ``encode``.
+    """
+    try:
+        return _decode(value, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedFileError(f"The values of a checkpoint are damaged: {error!r}.") from error
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if kind is list:
+        return [_encode(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]
+    if kind is tuple:
+        return {"tuple": [_encode(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]}
+    if kind in (dict, OrderedDict) and all(type(key) in (int, str) for key in value):
+        items = [[key, _encode(item, tensors, f"{path}[{key!r}]")] for key, item in value.items()]
+        return {"dict" if kind is dict else "ordered": items}
+    name = str(len(tensors))
+    if kind in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in _DTYPES:
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in _ARRAY_KINDS:
+        tensors[name] = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
+        tag = "array" if kind is np.ndarray else "scalar"
+        return {tag: name, "dtype": value.dtype.str, "shape": list(value.shape)}
+    what = f"a {kind.__module__}.{kind.__qualname__}"
+    raise TypeError(f"{what} at {path or 'the root'} cannot be stored in a checkpoint")
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "array" in value or "scalar" in value:
+        data = tensors[value["array" if "array" in value else "scalar"]].numpy().tobytes()
+        array = np.frombuffer(data, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+        return array if "array" in value else array[()]
+    ((kind, content),) = value.items()
+    if kind == "float":
+        return float(content)
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    pairs = [(key, _decode(item, tensors)) for key, item in content]
+    return {"dict": dict, "ordered": OrderedDict}[kind](pairs)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _named_weights(storage: Storage, path: str) -> str | None:
+    """The weights that the record names; None without a record, or where it is damaged and names none."""
+    if not storage.exists(path):
+        return None
+    try:
+        return str(storage.read_record(path)["tensors"]["path"])
+    except (DamagedFileError, KeyError, TypeError):
+        return None
+
+
+def _delete(storage: Storage, path: str) -> None:
+    if storage.exists(path):
+        storage.delete(path)

@@ -14,7 +14,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     import tyro
 
+    from distributed_eg.cli.gc import gc
     from distributed_eg.cli.run import run
+    from distributed_eg.cli.verify import verify
     from distributed_eg.errors import ExpertGateError, InputError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -22,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"run": run},
+            {"run": run, "verify": verify, "gc": gc},
             prog="distributed-eg",
             description="Expert Gate lifelong learning on Ray clusters.",
             args=arguments,

@@ -1,0 +1,42 @@
+"""``distributed-eg verify``: whether a run directory is as it was sealed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+
+from distributed_eg.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Check every file of a run directory against the hash in its record."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory: a path, or any pyarrow.fs URI."""
+    json: bool = False
+    """Print one JSON object as the last line of stdout; what people read goes to stderr."""
+
+
+def verify(options: Annotated[VerifyOptions, tyro.conf.OmitArgPrefixes]) -> None:
+    """Check every file of a run directory against the hash in its record; exit code 1 where one is damaged."""
+    from distributed_eg.store import layout, verifying
+    from distributed_eg.store.sealing import Storage
+
+    storage = Storage(options.run)
+    if not storage.exists(layout.RUN) and not storage.list(layout.TASKS):
+        raise InputError(f"There is no run at {options.run!r}: it has neither {layout.RUN!r} nor any task.")
+    result = verifying.verify(storage)
+    out = sys.stderr if options.json else sys.stdout
+    for damage in result.damages:
+        print(f"{damage.path}: {damage.problem}", file=out)
+    state = f"{len(result.damages)} damaged or missing" if result.damages else "all as they were sealed"
+    print(f"Checked {result.num_files} files, {result.num_bytes:,} bytes intact: {state}.", file=out)
+    if options.json:
+        print(json.dumps(asdict(result)))
+    if result.damages:
+        sys.exit(1)

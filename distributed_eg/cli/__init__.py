@@ -16,6 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from distributed_eg.cli.gc import gc
     from distributed_eg.cli.run import run
+    from distributed_eg.cli.simulate import simulate
     from distributed_eg.cli.verify import verify
     from distributed_eg.errors import ExpertGateError, InputError
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"run": run, "verify": verify, "gc": gc},
+            {"run": run, "verify": verify, "gc": gc, "simulate": simulate},
             prog="distributed-eg",
             description="Expert Gate lifelong learning on Ray clusters.",
             args=arguments,

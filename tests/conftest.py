@@ -24,6 +24,7 @@ import cloudpickle  # noqa: E402
 import pytest  # noqa: E402
 
 from tests import helpers  # noqa: E402
+from tests.faults import chaos as kit  # noqa: E402
 
 # Ray's workers cannot import this folder: what they need of it travels by value.
 cloudpickle.register_pickle_by_value(helpers)
@@ -32,10 +33,14 @@ SHARED_DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def ray_local() -> Iterator[None]:
-    """Ray on this machine with 2 CPUs and 2 declared GPUs; strategies of the suite attach to it."""
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Ray on this machine with 2 CPUs and 2 declared GPUs; strategies of the suite attach to it.
+
+    Gives the folder in which its processes look for a plan of the chaos kit.
+    """
     import ray
 
+    folder = tmp_path_factory.mktemp("chaos")
     ray.init(
         address="local",
         num_cpus=2,
@@ -46,8 +51,9 @@ def ray_local() -> Iterator[None]:
         object_store_memory=200 * 2**20,
         _temp_dir=tempfile.mkdtemp(prefix="r"),
         namespace="distributed-eg",
+        runtime_env=kit.runtime_env(folder),
     )
-    yield
+    yield folder
     ray.shutdown()
 
 

@@ -7,12 +7,12 @@ what it needs in the run directory; and it is recorded only if it comes from the
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distributed_eg.errors import ExpertGateError, TaskFailedError
+from distributed_eg.errors import TaskFailedError
 from distributed_eg.runtime.engine import Ended, Engine, Lost
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import (
@@ -112,7 +112,8 @@ class Training:
         self._timings: dict[TaskId, list[StageTiming]] = {}
         self._logs: dict[TaskId, Any] = {}
         self._failures: dict[TaskId, str] = {}
-        self._errors: dict[TaskId, ExpertGateError | None] = {}
+        self._attempts: defaultdict[TaskId, list[Raised | Lost]] = defaultdict(list)
+        """How the failed attempts at a task's stages ended."""
 
     def run(self, on_commit: OnCommit) -> None:
         """Until the stream has ended and nothing runs any more."""
@@ -171,6 +172,8 @@ class Training:
         self._tasks[task], self._versions[task] = task_input, task_input.versions
         for stage in sorted(done, key=list(Stage).index):
             self._tell(task, stage, "kept", "")
+        if Stage.EXPERT in done:  # its driver may have ended before it did this
+            delete_checkpoint(self._storage, task)
         self._timings[task] = [timing for timing in self._registry.timings.get(task, []) if Stage(timing.stage) in done]
         parent = self._registry.relatedness[task].choice.parent if Stage.RELATE in done else None
         return TaskArrived(task, task_input.continues, done, parent)
@@ -220,8 +223,10 @@ class Training:
         if isinstance(report, WorkerJoined | WorkerLeaving):
             return [report]
         if isinstance(report, Lost):
-            for call in report.calls:
-                self._running.pop(call, None)
+            for run in (self._running.pop(call, None) for call in report.calls):
+                if run is not None:
+                    self._tell(run.task, run.stage, "failed", run.worker)
+                    self._attempts[run.task].append(report)
             return [WorkerLost(report.worker, report.message, report.cause)]
         run = self._running.pop(report.call, None)
         if run is None or not self._machine.is_current(run.task, run.stage, run.attempt):
@@ -230,9 +235,8 @@ class Training:
             raised = report.outcome
             self._tell(run.task, run.stage, "failed", run.worker, raised.seconds)
             logger.debug("Task %d, %s: %s", run.task, run.stage.value, raised.traceback)
-            self._errors[run.task] = raised.error
-            message = raised.message if raised.error else raised.traceback
-            return [StageFailed(run.task, run.stage, run.attempt, raised.cause, message)]
+            self._attempts[run.task].append(raised)
+            return [StageFailed(run.task, run.stage, run.attempt, raised.cause, raised.message)]
         return [self._finish(run, report.outcome, report.worker)]
 
     def _finish(self, run: RunStage, done: Done, worker: str) -> StageFinished:
@@ -294,18 +298,18 @@ class Training:
 
     def _raise_failures(self) -> None:
         unfinished = self._machine.unfinished
-        if len(self._failures) == 1 and not unfinished:
-            (task,) = self._failures
-            error = self._errors.get(task)
-            if error is not None:
-                raise error
-        lines = [
-            f"task {task} (label {self._tasks[task].label}) failed in {message}"
-            for task, message in sorted(self._failures.items())
-        ]
         rest = "all others are committed"
         if unfinished:
             rest = f"the run stopped there, with task(s) {', '.join(map(str, unfinished))} unfinished"
-        raise TaskFailedError(
-            f"{len(lines)} task(s) were not trained; {rest}. The run can be resumed.\n" + "\n".join(lines)
-        )
+        lines = [f"{len(self._failures)} task(s) were not trained; {rest}. The run can be resumed."]
+        for task, message in sorted(self._failures.items()):
+            lines.append(f"task {task} (label {self._tasks[task].label}) failed in {message}")
+            foreign = [a for a in self._attempts[task] if isinstance(a, Raised) and a.error is None]
+            lines += [attempt.traceback for attempt in foreign[-1:]]
+        told = "\n".join(lines)
+        if len(self._failures) == 1:
+            attempts = self._attempts[next(iter(self._failures))]
+            last = attempts[-1] if attempts else None
+            if isinstance(last, Raised) and last.error is not None:
+                raise last.error if len(attempts) == 1 and not unfinished else type(last.error)(told)
+        raise TaskFailedError(told)

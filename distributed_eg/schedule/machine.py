@@ -272,8 +272,8 @@ class Machine:
         self._stopping |= self._stop_on_failure or event.cause is Cause.STORAGE
         if len(failures) == 1:
             return self._give_up(event.task, event.message)
-        told = "; ".join(f"{f.stage.value} attempt {f.attempt}, {f.cause.value}: {f.message}" for f in failures)
-        return self._give_up(event.task, f"{len(failures)} attempts failed: {told}")
+        told = "".join(f"\n  {f.stage.value}, {f.cause.value}: {f.message}" for f in failures)
+        return self._give_up(event.task, f"{len(failures)} attempts failed:{told}")
 
     def _give_up(self, task: TaskId, message: str) -> list[Instruction]:
         """Fail a task that is in no waiting place, and whatever waits for it."""

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +48,8 @@ class LeaseRecord:
     holder: Holder
     renewed_at: float
     open: bool
+    token: str = ""
+    """Tells the holding process itself whether it still holds the run: it may have failed to write that it does not."""
 
 
 class Lease:
@@ -58,7 +61,7 @@ class Lease:
         self._record = record
         self._now = now
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="distributed-eg-lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew, name=_thread_of(record), daemon=True)
 
     @classmethod
     def acquire(cls, storage: Storage, now: Callable[[], float] = time.time) -> Lease:
@@ -81,14 +84,20 @@ class Lease:
                 f"The run {storage.uri!r} is in use by {_described(last, now())}. Wait until it has ended, or end it; "
                 f"the lease of a driver that died on another machine expires {LEASE_S:.0f} s after its last renewal."
             )
-        record = LeaseRecord(generation + 1, _this_process(), now(), open=True)
-        if not storage.create(layout.session_file(record.generation), record_bytes(asdict(record))):
+        record = LeaseRecord(generation + 1, _this_process(), now(), open=True, token=uuid.uuid4().hex)
+        lease = cls(storage, record, now)
+        lease._thread.start()  # first: by it another thread of this process sees that the record's driver is alive
+        created = False
+        try:
+            created = storage.create(layout.session_file(record.generation), record_bytes(asdict(record)))
+        finally:
+            if not created:
+                lease._stop.set()
+        if not created:
             raise RunInUseError(
                 f"The run {storage.uri!r} was taken by another driver at this moment, as its number "
                 f"{record.generation}. Start only one driver for each run, or wait until that one has ended."
             )
-        lease = cls(storage, record, now)
-        lease._thread.start()
         return lease
 
     def release(self) -> None:
@@ -155,7 +164,8 @@ def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
         try:
             holder = Holder(**raw["holder"])
             holder = replace(holder, pid=int(holder.pid), started=float(holder.started))
-            return generation, LeaseRecord(generation, holder, float(raw["renewed_at"]), bool(raw["open"]))
+            renewed_at, is_open, token = float(raw["renewed_at"]), bool(raw["open"]), str(raw["token"])
+            return generation, LeaseRecord(generation, holder, renewed_at, is_open, token)
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path, f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
     except DamagedFileError as error:
@@ -168,6 +178,8 @@ def _is_alive(record: LeaseRecord, now: float) -> bool:
         return False
     holder, here = record.holder, _this_process()
     if (holder.host, holder.boot_id, holder.pid_namespace) == (here.host, here.boot_id, here.pid_namespace):
+        if holder.pid == here.pid:
+            return any(thread.name == _thread_of(record) for thread in threading.enumerate())
         try:
             process = psutil.Process(holder.pid)
             same = abs(process.create_time() - holder.started) < _SAME_START_S
@@ -177,6 +189,11 @@ def _is_alive(record: LeaseRecord, now: float) -> bool:
         except psutil.AccessDenied:
             logger.debug("Process %d may not be looked at; its lease's last renewal decides.", holder.pid)
     return now - record.renewed_at < LEASE_S
+
+
+def _thread_of(record: LeaseRecord) -> str:
+    """Name of the thread that renews a lease."""
+    return f"distributed-eg-lease-{record.token}"
 
 
 def _described(record: LeaseRecord, now: float) -> str:

@@ -210,8 +210,8 @@ def test_the_report_of_a_failure_tells_the_cause_of_every_attempt() -> None:
     assert story.failures[0] == ReportFailure(
         0,
         AUTOENCODER,
-        "3 attempts failed: features attempt 1, node lost: w0 died; autoencoder attempt 3, out of memory: 12 GB; "
-        "autoencoder attempt 4, raised: no convergence",
+        "3 attempts failed:\n  features, node lost: w0 died\n  autoencoder, out of memory: 12 GB"
+        "\n  autoencoder, raised: no convergence",
     )
 
 

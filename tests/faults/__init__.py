@@ -1,0 +1,1 @@
+"""Faults: the kit that makes them (``chaos``), and what must survive them."""

@@ -1,0 +1,51 @@
+"""What runs under faults are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed_eg import ClusterConfig
+from tests.faults.chaos import Chaos, installed
+from tests.helpers import DOMAINS, SETTINGS, hashes, outcome, tiny_benchmark, tiny_strategy
+
+
+@pytest.fixture
+def chaos(tmp_path: Path) -> Iterator[Chaos]:
+    """The kit, in this process: for inline runs, and for what a driver writes itself."""
+    with installed(tmp_path / "chaos") as kit:
+        yield kit
+        kit.clear()
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, Any]:
+    """Everything that must not depend on faults, of a run over four tasks."""
+    return train_and_evaluate(ClusterConfig(engine="inline"))
+
+
+def train_and_evaluate(cluster: ClusterConfig, **overrides: Any) -> dict[str, Any]:
+    """One run over four tasks, of which one learns without forgetting."""
+    benchmark = tiny_benchmark(DOMAINS)
+    with tiny_strategy(cluster, **{**SETTINGS, **overrides}) as strategy:
+        strategy.train(benchmark.train_stream)
+        return outcome(strategy, strategy.eval(benchmark.test_stream))
+
+
+def train(storage: Path, domains: tuple[int, ...] = (0, 0, 1), **overrides: Any) -> list[tuple[str, str]]:
+    """Train inline into ``storage``, or go on with what it holds; return the hashes of all that is sealed."""
+    cluster = ClusterConfig(engine="inline", storage=str(storage), resume=True, checkpoint_every_s=0)
+    with tiny_strategy(cluster, **{**SETTINGS, "train_epochs": 3, **overrides}) as strategy:
+        strategy.train(tiny_benchmark(domains).train_stream)
+        return hashes(strategy)
+
+
+def content(storage: Path) -> dict[str, bytes]:
+    """What a run directory holds, but for the exports, for times and for who wrote when."""
+    passing = ("sessions/", "tables/")
+    files = {str(file.relative_to(storage)): file for file in sorted(storage.rglob("*")) if file.is_file()}
+    kept = {path: file for path, file in files.items() if not path.startswith(passing)}
+    return {path: file.read_bytes() for path, file in kept.items() if not path.endswith(("timings.json", "run.json"))}

@@ -1,0 +1,44 @@
+"""The driver dies by SIGKILL, before and after everything that it seals; whoever resumes ends with the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distributed_eg.store.sealing import TEMPORARY, Storage
+from distributed_eg.store.verifying import unnamed, verify
+from tests.faults import drivers
+from tests.faults.chaos import Chaos, Fault
+from tests.faults.conftest import content, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an undisturbed run leaves."""
+    storage = tmp_path_factory.mktemp("whole") / "run"
+    train(storage)
+    return content(storage)
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "after"])
+def test_killed_at_every_seal_and_resumed(tmp_path: Path, chaos: Chaos, whole: dict[str, bytes], when: str) -> None:
+    """The driver is killed at the first thing that it seals; the next one at its second; and so on, over one run
+    directory, until one comes to the end. What one sealed is never made again in another way."""
+    storage = tmp_path / "run"
+    num_killed = 0
+    while True:
+        chaos.plan(Fault(f"{when} seal *", "kill", nth=1 + num_killed % 6))
+        if (code := drivers.run(train, storage, chaos=chaos.folder)) == 0:
+            break
+        assert code == -9
+        num_killed += 1
+        assert num_killed < 60
+        assert [d for d in verify(Storage(str(storage))).damages if not d.path.startswith("run.json")] == []
+    assert num_killed >= 15
+    chaos.clear()
+    train(storage)
+    assert content(storage) == whole
+    assert verify(Storage(str(storage))).damages == ()
+    assert unnamed(Storage(str(storage))) == []
+    assert not list(storage.rglob(f"*{TEMPORARY}*"))

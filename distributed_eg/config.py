@@ -44,13 +44,15 @@ class ClusterConfig:
     sealed is kept; other settings, data or another backbone are refused."""
     on_task_failure: OnTaskFailure = "continue"
     """``"continue"``: tasks that do not need a failed one are trained. ``"stop"``: what runs is finished, nothing new
-    is begun. Either way ``train`` raises at the end, and the run can be resumed."""
+    is begun. Either way ``train`` raises at the end, and the run can be resumed. A storage that does not take what is
+    written stops the run in any case, for every task would fail by it."""
     stage_timeout_s: float | None = None
     """Longest that one stage of one task may take; its worker is ended then, and the stage tried once more. None: no
     limit, for only you know how long an expert trains."""
     checkpoint_every_s: float = 60
     """How much of an expert's training may be lost when its worker is: its state is kept in the run directory at the
-    first end of an epoch after this time, and a retried expert goes on from there. 0: after every epoch."""
+    first end of an epoch after this time, and a retried expert goes on from there. 0: after every epoch. Longer where
+    the storage is so slow that checkpoints would take more than a fiftieth of the time."""
 
     def __post_init__(self) -> None:
         if self.engine not in ("ray", "inline"):
@@ -65,7 +67,7 @@ class ClusterConfig:
             raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
         for name in ("num_workers", "threads", "max_resident_experts"):
             value = getattr(self, name)
-            if value != "auto" and (isinstance(value, str) or value < 1):
+            if not (value == "auto" and name == "num_workers") and not (isinstance(value, int) and value >= 1):
                 raise InputError(f"ClusterConfig.{name} is {value!r}; it must be at least 1.")
         if self.stage_timeout_s is not None and self.stage_timeout_s <= 0:
             raise InputError(f"ClusterConfig.stage_timeout_s is {self.stage_timeout_s}; it must be positive, or None.")

@@ -61,12 +61,15 @@ class Engine(Protocol):
         """Begin a call; its ``Ended`` carries the same number."""
 
     def wait(self) -> list[Report]:
-        """Reports since the last call; waits a moment for the first.
+        """Reports since the last call, lost workers first; waits a moment for the first.
 
         Raises:
             ResourceError: no worker came up in time.
             WorkerLostError: no worker is left and none will come.
         """
+
+    def abandon_calls(self) -> None:
+        """Give up every call that runs: its answer is not wanted any more, and its worker is free or replaced."""
 
     def close(self) -> None:
         """End everything that ``start`` and ``add_workers`` began, within a few seconds, whatever runs there."""

@@ -59,6 +59,11 @@ class InlineEngine:
         self._reports.clear()
         return reports
 
+    def abandon_calls(self) -> None:
+        """Forget what is queued."""
+        self._calls.clear()
+        self._reports.clear()
+
     def close(self) -> None:
         """Remove the scratch folder."""
         if self._worker is not None:

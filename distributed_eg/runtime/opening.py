@@ -23,9 +23,10 @@ from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.requests import WorkerSetup
 from distributed_eg.runtime.resuming import differences, refuse
 from distributed_eg.runtime.session import Session
+from distributed_eg.runtime.stopping import uninterrupted
 from distributed_eg.runtime.training import Observer
 from distributed_eg.store import layout
-from distributed_eg.store.lease import Lease
+from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.reading import ExpertReader
 from distributed_eg.store.sealing import Storage, artifact_of
 from distributed_eg.store.weights import pack_tensors
@@ -38,7 +39,9 @@ _LIBRARIES = ("torch", "torchvision", "avalanche-lib", "safetensors", "pyarrow")
 class OpenRun:
     """A session with what has to be closed after it."""
 
-    def __init__(self, storage: Storage, lease: Lease, engine: Engine, session: Session, setup: WorkerSetup) -> None:
+    def __init__(
+        self, storage: Storage, lease: Lease, engine: Engine, session: Session, setup: WorkerSetup, *, is_new: bool
+    ) -> None:
         self.storage = storage
         self.engine = engine
         self.session = session
@@ -47,23 +50,31 @@ class OpenRun:
         """What the driver's model reads experts with, once it has a gate."""
         self._lease = lease
         self._scratch = setup.scratch_of_run
+        self._is_new = is_new
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; give the lease back. The run directory stays."""
-        self.engine.close()
-        # What workers that were ended in mid-write left.
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        try:
-            self.storage.sweep()
-        except StorageError as error:
-            logger.warning("The storage was not swept of unfinished files; the next driver does it. %s", error)
-        self._lease.release()
+        with uninterrupted(), contextlib.ExitStack() as last_first:
+            last_first.callback(self._lease.release)
+            last_first.callback(self._sweep)
+            last_first.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+            last_first.callback(self.engine.close)
 
     def discard(self) -> None:
-        """Close a run that did not come to be: its storage can be used again."""
-        self.close()
-        if not self.session.registry.arrivals:
-            self.storage.delete(layout.RUN)
+        """Close a run that did not come to be, so that its storage can be used again; one that was there stays."""
+        with contextlib.ExitStack() as last_first:
+            last_first.callback(self.close)
+            for path in (layout.STATISTICS, layout.RUN):
+                if self._is_new and self.storage.exists(path):
+                    last_first.callback(self.storage.delete, path)
+
+    def _sweep(self) -> None:
+        """Remove what workers left that were ended in mid-write, and nothing of a driver that took the run over."""
+        try:
+            if not superseded(self.storage, self._lease.generation):
+                self.storage.sweep()
+        except StorageError as error:
+            logger.warning("The storage was not swept of unfinished files; the next driver does it. %s", error)
 
 
 def open_run(
@@ -110,10 +121,11 @@ def open_run(
         if cluster.storage is None:
             undo.callback(shutil.rmtree, uri, ignore_errors=True)
         storage = Storage(uri)
-        known = _known_run(storage, cluster.resume)
-        run_id = _same_run(uri, known, identity) if known else uuid.uuid4().hex[:12]
+        _known_run(storage, cluster.resume)  # a run that is refused is not touched
         lease = Lease.acquire(storage)
         undo.callback(lease.release)
+        known = _known_run(storage, cluster.resume)
+        run_id = _same_run(uri, known, identity) if known else uuid.uuid4().hex[:12]
         storage.sweep()
         engine = _engine(cluster, uri, run_id, lease.generation)
         undo.callback(engine.close)
@@ -139,7 +151,7 @@ def open_run(
             # Last: a run that could not be started is none, and its storage can be used again.
             storage.write_record(layout.RUN, {"run_id": run_id, **identity})
         undo.pop_all()
-        return OpenRun(storage, lease, engine, session, setup)
+        return OpenRun(storage, lease, engine, session, setup, is_new=known is None)
 
 
 def _known_run(storage: Storage, resume: bool) -> dict[str, Any] | None:

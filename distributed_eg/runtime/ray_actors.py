@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 CONTROL = "control"
 """The concurrency group whose calls are answered while a stage runs."""
 
-_CALL_TIMEOUT_S = 60.0
-_READ_TIMEOUT_S = 600.0
-"""For reading the records of a whole run, thousands of small files on an object store perhaps."""
+_TIMEOUT_S = 600.0
+"""For one call. The first one to a new coordinator, which may come at any time, reads the records of the whole run:
+thousands of small files, on an object store perhaps."""
 
 
 class TaskWorkerActor:
@@ -80,7 +80,7 @@ class RemoteCoordinator:
 
     def registry(self) -> Registry:
         """Everything recorded so far."""
-        return _call(self._handle.registry.remote(), _READ_TIMEOUT_S)
+        return _call(self._handle.registry.remote())
 
     def record(self, record: Record) -> Artifact:
         """Seal a record."""
@@ -95,14 +95,14 @@ class RemoteCoordinator:
         _call(self._handle.export.remote())
 
 
-def _call(reference: Any, timeout_s: float = _CALL_TIMEOUT_S) -> Any:
+def _call(reference: Any) -> Any:
     try:
-        return ray.get(reference, timeout=timeout_s)
+        return ray.get(reference, timeout=_TIMEOUT_S)
     except RayTaskError as error:  # what the coordinator raised, behind Ray's own subclass of it
         raise error.cause if isinstance(error.cause, ExpertGateError) else error from None
     except GetTimeoutError as error:
         raise WorkerLostError(
-            f"The coordinator has not answered for {timeout_s:.0f} s; everything that it recorded is sealed, and "
+            f"The coordinator has not answered for {_TIMEOUT_S:.0f} s; everything that it recorded is sealed, and "
             "the run can be resumed."
         ) from error
     except RayError as error:
@@ -115,6 +115,6 @@ def wait_until_gone(handles: list[Any], deadline_s: float) -> None:
     for handle in handles:
         try:
             while (left_s := until - time.monotonic()) > 0:
-                ray.get(handle.where.remote(), timeout=left_s)
+                ray.get(handle.__ray_ready__.remote(), timeout=left_s)
         except RayError:  # it answers no more
             continue

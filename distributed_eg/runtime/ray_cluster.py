@@ -14,6 +14,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ign
 
 from distributed_eg.config import ClusterConfig
 from distributed_eg.errors import ResourceError
+from distributed_eg.runtime.stopping import keeping_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
+            with keeping_sigterm():
+                ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError) as error:
             raise ResourceError(
                 f"No Ray cluster answers at {address!r}: {error} Where it asks for a token, set RAY_AUTH_MODE=token "
@@ -67,13 +69,14 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
         return True
     wanted = 1 if config.num_workers == "auto" else config.num_workers
     # Ray asks for a token on a cluster that it starts itself, unless RAY_AUTH_MODE says otherwise.
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, math.ceil(wanted * cpus_per_worker)),
-        include_dashboard=False,
-        namespace=NAMESPACE,
-        logging_level=logging.WARNING,
-    )
+    with keeping_sigterm():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(wanted * cpus_per_worker)),
+            include_dashboard=False,
+            namespace=NAMESPACE,
+            logging_level=logging.WARNING,
+        )
     _warn_if_open("RAY_AUTH_MODE makes this")
     _hide_token()
     return True

@@ -35,8 +35,9 @@ _WATCH_EVERY_S = 5.0
 _SAY_EVERY_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
 _NAME_TIMEOUT_S = 20.0
-_MAX_LOSSES_IN_A_ROW = 20
-"""Workers lost without a single call that ended in between: the cluster is at fault then, not its machines' fate."""
+_MAX_FAILED_STARTS = 20
+"""Workers that did not come up, one after the other, while none was there: the cluster is at fault then. What is lost
+while it works is bounded by the budgets of the stages that it worked on."""
 
 
 @dataclass
@@ -50,7 +51,6 @@ class _Worker:
     name: str
     handle: Any
     ready: Any
-    since: float
     node: str | None = None
     leaving: bool = False
     calls: dict[Any, _Call] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class RayEngine:
         self._starting: dict[str, _Worker] = {}
         self._coordinator: Any = None
         self._num_named = 0
-        self._losses_in_a_row = 0
+        self._num_failed_starts = 0
         self._watched_at = self._said_at = time.monotonic()
         self._without_worker_since = time.monotonic()
 
@@ -122,7 +122,7 @@ class RayEngine:
         state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
 
     def wait(self) -> list[Report]:
-        """Reports since the last call; waits up to a second for the first."""
+        """Reports since the last call, lost workers first; waits up to a second for the first."""
         references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:
@@ -141,18 +141,21 @@ class RayEngine:
             self._watched_at = time.monotonic()
             reports.extend(self._watch(nodes()))
         self._refuse_long_waits()
-        return list(reports)
+        # Whoever is told of an ended call may give that worker another one at once.
+        return sorted(reports, key=lambda report: not isinstance(report, Lost))
+
+    def abandon_calls(self) -> None:
+        """End the workers that are busy; others take their places when there is work again."""
+        busy = [worker for worker in self._pool.values() if worker.calls]
+        self._stop(busy)
+        for worker in busy:
+            del self._pool[worker.name]
 
     def close(self) -> None:
         """End the actors and, where ``start`` began it, Ray."""
         if not ray.is_initialized():  # Ray's own exit came first, and took the actors with it
             return
-        stopped = [worker.handle.stop.remote() for worker in self._pool.values()]
-        if stopped:
-            ray.wait(stopped, num_returns=len(stopped), timeout=_CLOSE_TIMEOUT_S)
-        workers = [worker.handle for worker in [*self._pool.values(), *self._starting.values()]]
-        for handle in workers:
-            ray.kill(handle)
+        self._stop([*self._pool.values(), *self._starting.values()])
         if self._coordinator is not None:
             ray.kill(self._coordinator)
         self._pool.clear()
@@ -161,8 +164,15 @@ class RayEngine:
         if self._owns_ray:
             ray.shutdown()
             self._owns_ray = False
-        else:
-            wait_until_gone(workers, _CLOSE_TIMEOUT_S)
+
+    def _stop(self, workers: list[_Worker]) -> None:
+        """Ask workers to end what they do, wait a moment, end them."""
+        stopped = [worker.handle.stop.remote() for worker in workers if worker.name in self._pool]
+        if stopped:
+            ray.wait(stopped, num_returns=len(stopped), timeout=_CLOSE_TIMEOUT_S)
+        for worker in workers:
+            ray.kill(worker.handle)
+        wait_until_gone([worker.handle for worker in workers if worker.name in self._pool], _CLOSE_TIMEOUT_S)
 
     def _start_coordinator(self) -> Any:
         """The named actor of this run; one that an ended driver left behind is gone in a moment.
@@ -214,19 +224,22 @@ class RayEngine:
             namespace=NAMESPACE,
             runtime_env=environment,
         ).remote(self._setup)
-        self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
+        self._starting[name] = _Worker(name, handle, handle.where.remote())
 
     def _started(self, worker: _Worker) -> list[Report]:
         del self._starting[worker.name]
         try:
             worker.node, pid = ray.get(worker.ready)
         except RayError as error:
-            self._losses_in_a_row += 1
-            if self._losses_in_a_row > _MAX_LOSSES_IN_A_ROW or getattr(error, "actor_init_failed", False):
-                raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
+            self._num_failed_starts += 1
+            if not self._pool:
+                if self._num_failed_starts > _MAX_FAILED_STARTS or getattr(error, "actor_init_failed", False):
+                    raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
+                self._spawn()
+            # Else a node that joined may be at fault, and the next look at the nodes tries again.
             logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).split("\n")[0])
-            self._spawn()
             return []
+        self._num_failed_starts = 0
         self._pool[worker.name] = worker
         logger.debug("%s is ready: node %s, process %d", worker.name, worker.node, pid)
         return [WorkerJoined(worker.name, worker.node or "")]
@@ -235,9 +248,8 @@ class RayEngine:
         call = worker.calls.pop(reference)
         try:
             outcome = ray.get(reference)
-            self._losses_in_a_row = 0
         except RayError as error:
-            alive = any(node.id == worker.node for node in nodes())
+            alive = not worker.leaving and any(node.id == worker.node for node in nodes())
             failure = classify(error, node_is_alive=alive)
             if failure.worker_is_gone:
                 return self._lose(worker, str(error), failure.cause, call.number)
@@ -251,12 +263,6 @@ class RayEngine:
         if not worker.leaving:
             first_line = message.split("\n")[0]
             logger.warning("%s is lost (%s), another takes its place: %s", worker.name, cause.value, first_line)
-            self._losses_in_a_row += 1
-            if self._losses_in_a_row > _MAX_LOSSES_IN_A_ROW:
-                raise WorkerLostError(
-                    f"{self._losses_in_a_row} workers were lost in a row, the last one by: {message} The run can be "
-                    "resumed once the cluster is sound."
-                )
             self._spawn()
         return Lost(worker.name, message, (*calls, *(call.number for call in worker.calls.values())), cause)
 

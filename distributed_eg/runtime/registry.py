@@ -21,7 +21,7 @@ from distributed_eg.store.records import (
     TaskManifest,
     TaskRecord,
 )
-from distributed_eg.store.sealing import REPAIR, Artifact, Storage, damaged
+from distributed_eg.store.sealing import REPAIR, Artifact, Storage
 from distributed_eg.store.tables import registry_table, relatedness_table
 from distributed_eg.types import TaskId
 
@@ -80,10 +80,9 @@ class Registry:
         own = self.autoencoders.get(manifest.task)
         if own is None and not without_autoencoder:
             path = layout.task_file(manifest.task, "autoencoder")
-            raise damaged(path, f"The record {path!r} in {storage.uri!r} is missing. {REPAIR}")
+            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is missing. {REPAIR}")
         if own is not None and own.artifact != manifest.autoencoder:
-            raise damaged(
-                layout.task_file(manifest.task, "manifest"),
+            raise DamagedFileError(
                 f"The manifest of task {manifest.task} in {storage.uri!r} names another autoencoder than its record.",
             )
         storage.read_artifact(manifest.relatedness)

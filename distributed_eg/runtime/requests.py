@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -105,7 +106,8 @@ class ExpertJob:
     """What a trainer is given on the worker.
 
     ``network`` is the expert to train, ``teacher`` the parent's network where it learns without forgetting.
-    ``checkpoints`` is where its training is kept every ``checkpoint_every_s``; None: nowhere.
+    ``is_stopping`` tells, between batches, whether the driver was told to stop. ``checkpoints`` is where its training
+    is kept every ``checkpoint_every_s``; None: nowhere.
     """
 
     task: TaskId
@@ -117,6 +119,7 @@ class ExpertJob:
     experience: ExperienceInfo
     method: MethodConfig
     device: torch.device
+    is_stopping: Callable[[], bool] = bool
     checkpoints: CheckpointSlot | None = None
     checkpoint_every_s: float = 60.0
 

@@ -62,6 +62,8 @@ def take_up(storage: Storage, recorded: Registry, registry: Registry, arrival: T
     if before is None:
         return frozenset()
     begun = task in recorded.autoencoders or task in recorded.manifests
+    # Autoencoders of others were made under the statistics that the first task's data gave.
+    begun |= bool(recorded.autoencoders) and task == min(recorded.arrivals)
     lines = differences(_described(before), _described(arrival))
     # Nothing was learnt from the data of a task that failed early: they may have been corrected since.
     if lines and (begun or before.label != arrival.label):

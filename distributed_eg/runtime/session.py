@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
-from distributed_eg.errors import ExpertGateError, StorageError, TaskFailedError, WorkerLostError
-from distributed_eg.runtime.engine import Engine, Lost
+from distributed_eg.errors import ExpertGateError, TaskFailedError, WorkerLostError
+from distributed_eg.runtime.engine import Ended, Engine, Lost
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import (
     EvaluateRequest,
@@ -28,6 +29,8 @@ from distributed_eg.schedule.retry import Decision, decide
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.sealing import Storage
 from distributed_eg.types import OnTaskFailure
+
+logger = logging.getLogger(__name__)
 
 _TASKS_AHEAD = 4
 _ATTEMPTS_PER_DRIVER = 10**9
@@ -60,13 +63,14 @@ class Session:
         self._calls = itertools.count()
         # Numbers of a later driver lie above all that an earlier one can have given out.
         self._first_attempt = setup.generation * _ATTEMPTS_PER_DRIVER
+        self._has_reference = False
         self._recorded = engine.coordinator.registry().snapshot()
         self.registry = Registry(statistics=self._whole_statistics())
         """What this driver has seen: a resumed run's tasks come in as the stream brings them again."""
 
     def _whole_statistics(self) -> StatisticsRecord | None:
         record = self._recorded.statistics
-        if record is None:
+        if record is None or not _counts(record, self._recorded):
             return None
         artifacts = [a for a in (record.artifact, record.root_autoencoder) if a is not None]
         return record if all([is_whole(self._storage, artifact) for artifact in artifacts]) else None
@@ -84,6 +88,7 @@ class Session:
         if self.registry.statistics != record:
             self._engine.coordinator.record(record)
             self.registry.statistics = record
+        self._has_reference = True
 
     def train(self, inputs: Iterator[TaskInput], num_tasks: int | None, trainer: Shipped, on_commit: OnCommit) -> None:
         """Train every task of ``inputs``, pulled one by one as workers become free.
@@ -95,6 +100,9 @@ class Session:
                 by an error of ours, that error is raised itself.
             Exception: what ``inputs`` raised, once everything that it gave before is done.
         """
+        known = self.registry.statistics
+        if known is not None and not self._has_reference and not _counts(known, self.registry):
+            self.registry.statistics = None
         self._engine.add_workers(self._setup, num_tasks)
         # A stream of unknown length may not fit in memory: it is read a little ahead of the work only.
         ahead = _TASKS_AHEAD if num_tasks is None else None
@@ -118,19 +126,32 @@ class Session:
         )
         try:
             training.run(on_commit)
-        except StorageError:  # which would not take the tables, either
-            raise
         except Exception:
-            self._engine.coordinator.export()
+            self._export_anyway()
             raise
         finally:
             self._first_attempt = machine.next_attempt
+            if not machine.done:
+                self._engine.abandon_calls()
         self._engine.coordinator.export()
+
+    def _export_anyway(self) -> None:
+        """Write the tables, after an error that must not be hidden by another one."""
+        try:
+            self._engine.coordinator.export()
+        except ExpertGateError as error:
+            logger.warning(
+                "The tables were not written; they are exports only, and the next driver writes them. %s", error
+            )
 
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
         """Carry out ``requests`` on the workers; results in their order."""
         self._engine.add_workers(self._setup, len(requests))
-        results = self._run_all(requests)
+        try:
+            results = self._run_all(requests)
+        except BaseException:
+            self._engine.abandon_calls()
+            raise
         return [result for result in results if isinstance(result, EvaluateResult)]
 
     def _run_all(self, requests: Sequence[Request]) -> list[Result]:
@@ -139,6 +160,7 @@ class Session:
         running: dict[int, int] = {}
         results: dict[int, Result] = {}
         causes: defaultdict[int, list[Cause]] = defaultdict(list)
+        leaving: set[str] = set()
 
         def failed(call: int, cause: Cause, error: ExpertGateError) -> None:
             index = running.pop(call)
@@ -155,19 +177,26 @@ class Session:
             for report in self._engine.wait():
                 if isinstance(report, WorkerJoined):
                     idle.append(report.worker)
-                elif isinstance(report, WorkerLeaving):
+                elif isinstance(report, WorkerLeaving | Lost):
+                    leaving.add(report.worker)
                     idle = deque(worker for worker in idle if worker != report.worker)
-                elif isinstance(report, Lost):
-                    idle = deque(worker for worker in idle if worker != report.worker)
+                if isinstance(report, Lost):
                     for call in running.keys() & set(report.calls):
                         failed(call, report.cause, WorkerLostError(f"A worker was lost: {report.message}"))
-                elif report.call in running:
-                    idle.append(report.worker)
+                elif isinstance(report, Ended) and report.call in running:
+                    if report.worker not in leaving:
+                        idle.append(report.worker)
                     if isinstance(report.outcome, Raised):
                         failed(report.call, report.outcome.cause, _error_of(report.outcome))
                     else:
                         results[running.pop(report.call)] = report.outcome.result
         return [results[index] for index in range(len(requests))]
+
+
+def _counts(statistics: StatisticsRecord, registry: Registry) -> bool:
+    """Whether statistics are the run's for good. Those of a first task that failed before anything was learnt under
+    them are not: its data may have been corrected since."""
+    return statistics.root_autoencoder is not None or bool(registry.autoencoders)
 
 
 def _error_of(raised: Raised) -> ExpertGateError:

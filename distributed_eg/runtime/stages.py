@@ -148,6 +148,7 @@ def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult
         experience=task_input.experience,
         method=method,
         device=context.device,
+        is_stopping=context.stopping.is_set,
         checkpoints=CheckpointSlot(context.storage, task_input.task, _stage_key(context, request)),
         checkpoint_every_s=context.setup.checkpoint_every_s,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distributed_eg.errors import TaskFailedError
+from distributed_eg.errors import StorageError, TaskFailedError
 from distributed_eg.runtime.engine import Ended, Engine, Lost
 from distributed_eg.runtime.registry import Registry
 from distributed_eg.runtime.requests import (
@@ -133,6 +133,8 @@ class Training:
             for report in self._engine.wait():
                 events.extend(self._report(report))
         if self._input_error is not None:
+            for task, message in sorted(self._failures.items()):
+                logger.error("Task %d failed in %s", task, message)
             raise self._input_error
         if self._failures:
             self._raise_failures()
@@ -173,7 +175,9 @@ class Training:
         for stage in sorted(done, key=list(Stage).index):
             self._tell(task, stage, "kept", "")
         if Stage.EXPERT in done:  # its driver may have ended before it did this
-            delete_checkpoint(self._storage, task)
+            self._delete_checkpoint(task)
+            if not self._registry.timings.get(task):  # damaged, and not to be had again
+                self._engine.coordinator.note_timings(task, [])
         self._timings[task] = [timing for timing in self._registry.timings.get(task, []) if Stage(timing.stage) in done]
         parent = self._registry.relatedness[task].choice.parent if Stage.RELATE in done else None
         return TaskArrived(task, task_input.continues, done, parent)
@@ -189,16 +193,16 @@ class Training:
         task_input, registry = self._tasks[run.task], self._registry
         if run.stage is Stage.FEATURES:
             return FeaturesRequest(task_input, run.with_statistics)
+        if run.stage is Stage.EXPERT:
+            choice = registry.relatedness[run.task].choice
+            parent = None if choice.parent is None else registry.expert_ref(choice.parent)
+            return ExpertRequest(task_input, choice, parent, self._trainer)
         assert registry.statistics is not None
         if run.stage is Stage.AUTOENCODER:
             start = None if task_input.continues is None else registry.autoencoders[task_input.continues]
             return AutoencoderRequest(task_input, registry.statistics, start)
-        if run.stage is Stage.RELATE:
-            own = registry.autoencoders[run.task].artifact
-            return RelateRequest(task_input, registry.statistics, own, self._candidates(task_input))
-        choice = registry.relatedness[run.task].choice
-        parent = None if choice.parent is None else registry.expert_ref(choice.parent)
-        return ExpertRequest(task_input, choice, parent, self._trainer)
+        own = registry.autoencoders[run.task].artifact
+        return RelateRequest(task_input, registry.statistics, own, self._candidates(task_input))
 
     def _candidates(self, task_input: TaskInput) -> tuple[tuple[TaskId | None, Artifact], ...]:
         """What the expert could start from: the root where it has an autoencoder, and the newest version of each task
@@ -279,9 +283,15 @@ class Training:
         registry.manifests[task] = manifest
         registry.timings[task] = timings
         self._logs[task] = result.log
-        delete_checkpoint(self._storage, task)
+        self._delete_checkpoint(task)
         if len({worker.node for worker in self._engine.workers()}) > 1:
             self._drop_features(task)
+
+    def _delete_checkpoint(self, task: TaskId) -> None:
+        try:
+            delete_checkpoint(self._storage, task)
+        except StorageError as error:
+            logger.warning("The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s", task, error)
 
     def _tell(
         self,
@@ -299,8 +309,10 @@ class Training:
     def _raise_failures(self) -> None:
         unfinished = self._machine.unfinished
         rest = "all others are committed"
+        if self._machine.stopping:
+            rest = "the run stopped there, and what had not begun was not begun"
         if unfinished:
-            rest = f"the run stopped there, with task(s) {', '.join(map(str, unfinished))} unfinished"
+            rest += f"; unfinished: {', '.join(map(str, unfinished))}"
         lines = [f"{len(self._failures)} task(s) were not trained; {rest}. The run can be resumed."]
         for task, message in sorted(self._failures.items()):
             lines.append(f"task {task} (label {self._tasks[task].label}) failed in {message}")
@@ -311,5 +323,5 @@ class Training:
             attempts = self._attempts[next(iter(self._failures))]
             last = attempts[-1] if attempts else None
             if isinstance(last, Raised) and last.error is not None:
-                raise last.error if len(attempts) == 1 and not unfinished else type(last.error)(told)
+                raise last.error if len(attempts) == 1 and not self._machine.stopping else type(last.error)(told)
         raise TaskFailedError(told)

@@ -52,6 +52,9 @@ class _Task:
     failed: bool = False
     failures: list[StageFailed] = field(default_factory=list)
     node: str | None = None
+    """Where its features lie."""
+    shunned: str | None = None
+    """A node that had no memory or no disk for it."""
 
     @property
     def next_stage(self) -> Stage | None:
@@ -113,14 +116,14 @@ class Machine:
         return not self._busy and (self._stopping or (self._ended and self._num_unfinished == 0))
 
     @property
+    def stopping(self) -> bool:
+        """Whether a failure ends the run before its stream's end."""
+        return self._stopping
+
+    @property
     def unfinished(self) -> list[TaskId]:
         """Tasks that are neither committed nor given up."""
         return sorted(t for t, state in self._tasks.items() if not state.failed and state.next_stage is not None)
-
-    @property
-    def num_workers(self) -> int:
-        """Workers that are there, idle or busy."""
-        return len(self._nodes)
 
     @property
     def next_attempt(self) -> int:
@@ -230,8 +233,9 @@ class Machine:
                 heapq.heappush(self._wait_for_all_earlier, task)
                 return []
         elif state.next_stage is Stage.EXPERT and state.parent is not None and not self._expert_ready(state.parent):
-            if self._tasks[state.parent].failed:
-                return self._give_up(task, f"its expert starts from the expert of task {state.parent}, which failed")
+            if state.parent not in self._tasks or self._tasks[state.parent].failed:
+                needed = f"its expert starts from the expert of task {state.parent}, which failed or was left out"
+                return self._give_up(task, needed)
             self._wait_for_expert[state.parent].append(task)
             return []
         assert state.next_stage is not None
@@ -263,7 +267,10 @@ class Machine:
         return self._advance_all([event.task, *freed])
 
     def _fail(self, event: StageFailed) -> list[Instruction]:
-        failures = self._tasks[event.task].failures
+        state = self._tasks[event.task]
+        if event.cause in (Cause.OUT_OF_MEMORY, Cause.STORAGE):
+            state.shunned = state.node
+        failures = state.failures
         failures.append(event)
         of_stage = [failure for failure in failures if failure.stage is event.stage]
         if decide([f.cause for f in of_stage], [f.cause for f in failures]) is Decision.RETRY:
@@ -289,7 +296,8 @@ class Machine:
         return reports + self._advance_all(freed)
 
     def _lose_worker(self, event: WorkerLost) -> list[Instruction]:
-        self._require(event.worker in self._nodes, f"the unknown worker {event.worker!r} was lost")
+        if event.worker not in self._nodes:  # it was leaving when this machine began, or is reported twice
+            return []
         run = self._busy.get(event.worker)
         if run is not None:
             self._release(run.task)
@@ -326,8 +334,9 @@ class Machine:
     def _start(self, task: TaskId, stage: Stage) -> RunStage:
         state = self._tasks[task]
         # The idle worker on the node that holds the task's features, else the one that has been idle longest.
-        near = (worker for worker, node in self._idle.items() if node == state.node)
-        worker = next(near, next(iter(self._idle)))
+        usable = {worker: node for worker, node in self._idle.items() if node != state.shunned} or self._idle
+        near = (worker for worker, node in usable.items() if node == state.node)
+        worker = next(near, next(iter(usable)))
         del self._idle[worker]
         gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
         state.run = self._busy[worker] = RunStage(task, stage, self._next_attempt, worker, gives_statistics)
@@ -352,7 +361,7 @@ class Machine:
         return not self._has_statistics and self._first is not None and self._tasks[self._first].failed
 
     def _expert_ready(self, task: TaskId) -> bool:
-        return task in self._committed or Stage.EXPERT in self._tasks[task].done
+        return task in self._committed or (task in self._tasks and Stage.EXPERT in self._tasks[task].done)
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

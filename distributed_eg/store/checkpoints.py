@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 from collections import OrderedDict
@@ -55,16 +53,45 @@ class CheckpointSlot:
     key: str
 
     def load(self) -> Checkpoint | None:
-        """The stage's checkpoint, or None where it has to start from its beginning."""
-        return read_checkpoint(self.storage, self.task, self.key)
+        """The stage's checkpoint; None where there is none, where it is of another stage, or, with a warning, damaged.
+
+        Raises:
+            StorageError: the run directory does not answer.
+        """
+        path = layout.task_file(self.task, "checkpoint")
+        if not self.storage.exists(path):
+            return None
+        try:
+            body = self.storage.read_record(path)
+            if body["key"] != self.key:
+                return None
+            tensors = load_tensors(self.storage, Artifact(**body["tensors"]))
+            return Checkpoint(self.key, body["epochs"], body["values"], tensors)
+        except StorageError as error:
+            logger.warning(
+                "The checkpoint of task %d cannot be used, and its expert is trained from the beginning: %s",
+                self.task,
+                error,
+            )
+            return None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Put ``checkpoint`` in the place of the one before.
+        """Seal the tensors, then the record that names them; earlier weights go last.
 
         Raises:
             StorageError: the run directory cannot be written.
         """
-        write_checkpoint(self.storage, self.task, checkpoint)
+        prefix = layout.task_weights(self.task, "checkpoint")
+        artifact = save_tensors(self.storage, prefix, checkpoint.tensors)
+        body = {
+            "task": self.task,
+            "key": checkpoint.key,
+            "epochs": checkpoint.epochs,
+            "values": checkpoint.values,
+            "tensors": asdict(artifact),
+        }
+        self.storage.write_record(layout.task_file(self.task, "checkpoint"), body)
+        _delete_weights(self.storage, self.task, but=artifact.path)
 
     def delete(self) -> None:
         """Remove the checkpoint, so that the stage starts from its beginning.
@@ -75,69 +102,23 @@ class CheckpointSlot:
         delete_checkpoint(self.storage, self.task)
 
 
-def write_checkpoint(storage: Storage, task: TaskId, checkpoint: Checkpoint) -> None:
-    """Seal the tensors, then the record that names them; what the record before named goes last.
-
-    Raises:
-        StorageError: the run directory cannot be written.
-    """
-    path = layout.task_file(task, "checkpoint")
-    before = _named_weights(storage, path)
-    artifact = save_tensors(storage, layout.task_weights(task, "checkpoint"), checkpoint.tensors)
-    body = {
-        "task": task,
-        "key": checkpoint.key,
-        "epochs": checkpoint.epochs,
-        "values": checkpoint.values,
-        "tensors": asdict(artifact),
-    }
-    storage.write_record(path, {**body, "sha256": _digest(body)})
-    if before not in (None, artifact.path):
-        _delete(storage, before)
-
-
-def read_checkpoint(storage: Storage, task: TaskId, key: str) -> Checkpoint | None:
-    """A task's checkpoint; None where there is none, where it is of another stage, or, with a warning, damaged.
-
-    Raises:
-        StorageError: the run directory does not answer.
-    """
-    path = layout.task_file(task, "checkpoint")
-    if not storage.exists(path):
-        return None
-    try:
-        body = storage.read_record(path)
-        digest = body.pop("sha256", None)
-        if digest != _digest(body):
-            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: its content has another hash.")
-        if body["key"] != key:
-            return None
-        return Checkpoint(key, body["epochs"], body["values"], load_tensors(storage, Artifact(**body["tensors"])))
-    except StorageError as error:
-        logger.warning(
-            "The checkpoint of task %d cannot be used, and its expert is trained from the beginning: %s", task, error
-        )
-        return None
-
-
 def delete_checkpoint(storage: Storage, task: TaskId) -> None:
     """Remove a task's checkpoint where there is one: the record, then all weights, those of killed writers included.
 
     Raises:
         StorageError: a file may not be removed.
     """
-    _delete(storage, layout.task_file(task, "checkpoint"))
-    folder, _, name = layout.task_weights(task, "checkpoint").rpartition("/")
-    for found in storage.list(folder):
-        if found.startswith(f"{name}-"):
-            _delete(storage, f"{folder}/{found}")
+    path = layout.task_file(task, "checkpoint")
+    if storage.exists(path):
+        storage.delete(path)
+    _delete_weights(storage, task)
 
 
 def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A tree of plain values, tensors and arrays as JSON and tensors; ``decode`` gives back the same, bit for bit.
 
     Trees are made of dicts with int or str keys (their order is kept), OrderedDicts, lists, tuples, None, bool, int,
-    float, str, dense tensors (detached; on the CPU when they come back) and numpy arrays and scalars.
+    float, str, dense tensors (detached; on a device of the same type when they come back) and numpy arrays and scalars.
 
     Raises:
         TypeError: there is anything else; the message says where.
@@ -174,7 +155,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     name = str(len(tensors))
     if kind in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in _DTYPES:
         tensors[name] = value.detach()
-        return {"tensor": name}
+        return {"tensor": name} if value.device.type == "cpu" else {"tensor": name, "device": value.device.type}
     if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in _ARRAY_KINDS:
         tensors[name] = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
         tag = "array" if kind is np.ndarray else "scalar"
@@ -192,31 +173,20 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         data = tensors[value["array" if "array" in value else "scalar"]].numpy().tobytes()
         array = np.frombuffer(data, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
         return array if "array" in value else array[()]
+    if "tensor" in value:
+        return tensors[value["tensor"]].to(value.get("device", "cpu"))
     ((kind, content),) = value.items()
     if kind == "float":
         return float(content)
-    if kind == "tensor":
-        return tensors[content]
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in content)
     pairs = [(key, _decode(item, tensors)) for key, item in content]
     return {"dict": dict, "ordered": OrderedDict}[kind](pairs)
 
 
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _named_weights(storage: Storage, path: str) -> str | None:
-    """The weights that the record names; None without a record, or where it is damaged and names none."""
-    if not storage.exists(path):
-        return None
-    try:
-        return str(storage.read_record(path)["tensors"]["path"])
-    except (DamagedFileError, KeyError, TypeError):
-        return None
-
-
-def _delete(storage: Storage, path: str) -> None:
-    if storage.exists(path):
-        storage.delete(path)
+def _delete_weights(storage: Storage, task: TaskId, but: str = "") -> None:
+    folder, _, name = layout.task_weights(task, "checkpoint").rpartition("/")
+    for found in storage.list(folder):
+        path = f"{folder}/{found}"
+        if found.startswith(f"{name}-") and path != but:
+            storage.delete(path)

@@ -16,7 +16,7 @@ import psutil
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Storage, damaged, record_bytes
+from distributed_eg.store.sealing import Storage, record_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ class Holder:
     """0 where the system has none; containers on one machine have one each."""
     pid: int
     started: float
+    start_ticks: int
+    """When it started, by a clock that nobody sets; 0 where the system does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +165,12 @@ def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
         raw = storage.read_record(path)
         try:
             holder = Holder(**raw["holder"])
-            holder = replace(holder, pid=int(holder.pid), started=float(holder.started))
+            started, ticks = float(holder.started), int(holder.start_ticks)
+            holder = replace(holder, pid=int(holder.pid), started=started, start_ticks=ticks)
             renewed_at, is_open, token = float(raw["renewed_at"]), bool(raw["open"]), str(raw["token"])
             return generation, LeaseRecord(generation, holder, renewed_at, is_open, token)
         except (KeyError, TypeError, ValueError) as error:
-            raise damaged(path, f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
+            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
     except DamagedFileError as error:
         logger.warning("It cannot be told who drove the run last, so that the run counts as free. %s", error)
         return generation, None
@@ -183,6 +186,8 @@ def _is_alive(record: LeaseRecord, now: float) -> bool:
         try:
             process = psutil.Process(holder.pid)
             same = abs(process.create_time() - holder.started) < _SAME_START_S
+            if holder.start_ticks:
+                same = _start_ticks(holder.pid) == holder.start_ticks
             return same and bool(process.status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
@@ -212,4 +217,15 @@ def _this_process() -> Holder:
         pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
         pid=os.getpid(),
         started=float(psutil.Process().create_time()),
+        start_ticks=_start_ticks(os.getpid()),
     )
+
+
+def _start_ticks(pid: int) -> int:
+    """When a process started, in ticks since the system did; 0 where the system does not tell, or it is gone."""
+    try:
+        return int(
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+        )
+    except (OSError, ValueError, IndexError):
+        return 0

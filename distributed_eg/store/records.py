@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distributed_eg.errors import DamagedFileError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Artifact, Storage, artifact_of, damaged
+from distributed_eg.store.sealing import Artifact, Storage, artifact_of
 from distributed_eg.types import AutoencoderKind, RelatednessRow, TaskId, Transfer, TransferChoice
 
 
@@ -189,7 +190,7 @@ def _as_written(storage: Storage, path: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError) as error:
-        raise damaged(path, f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
+        raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
 
 
 def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, Any] | None:
@@ -198,7 +199,7 @@ def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, An
         return None
     raw = storage.read_record(path)
     if raw.setdefault("task", task) != task:
-        raise damaged(path, f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
+        raise DamagedFileError(f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
     if name == "timings":
         del raw["task"]
     return raw

@@ -137,13 +137,12 @@ class Storage:
             if self.exists(artifact.path):
                 raise
             message = f"The file {artifact.path!r} in {self.uri!r} is missing; {says}. {REPAIR}"
-            raise damaged(artifact.path, message) from error
+            raise DamagedFileError(message) from error
         found = hashlib.sha256(data).hexdigest()
         if (found, len(data)) != (artifact.sha256, artifact.size_bytes):
-            raise damaged(
-                artifact.path,
+            raise DamagedFileError(
                 f"The file {artifact.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found[:12]}…, "
-                f"{says}. {REPAIR}",
+                f"{says}. {REPAIR}"
             )
         return data
 
@@ -155,7 +154,7 @@ class Storage:
         """A JSON record.
 
         Raises:
-            DamagedFileError: it is no JSON object.
+            DamagedFileError: it is no JSON object, or not the one that was sealed.
             StorageError: it is missing, or has another schema version.
         """
         data = self.read(path)
@@ -163,15 +162,20 @@ class Storage:
             record = json.loads(data)
         except ValueError as error:
             message = f"The record {path!r} in {self.uri!r} is damaged: {error}. {repair_of(path)}"
-            raise damaged(path, message) from error
+            raise DamagedFileError(message) from error
         if not isinstance(record, dict):
             message = f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r:.60}, no object."
-            raise damaged(path, f"{message} {repair_of(path)}")
+            raise DamagedFileError(f"{message} {repair_of(path)}")
         version = record.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise StorageError(
                 f"The record {path!r} in {self.uri!r} has schema version {version}; this package reads "
                 f"{SCHEMA_VERSION}. Use the package version that wrote it."
+            )
+        if record.pop("sha256", None) != _digest(record):
+            raise DamagedFileError(
+                f"The record {path!r} in {self.uri!r} is damaged: its content has another hash than it says. "
+                f"{repair_of(path)}"
             )
         return record
 
@@ -292,18 +296,6 @@ class Storage:
             raise StorageError(f"The storage {self.uri!r} does not answer for {path!r}: {error}") from error
 
 
-def damaged(path: str, message: str) -> DamagedFileError:
-    """The error for a damaged file; its attribute ``path`` names the file for whoever repairs it."""
-    error = DamagedFileError(message)
-    vars(error)["path"] = path
-    return error
-
-
-def damaged_path(error: DamagedFileError) -> str:
-    """Which file an error is about; empty where it was not made by ``damaged``."""
-    return str(getattr(error, "path", ""))
-
-
 def repair_of(path: str) -> str:
     """What repairs a record of the run directory, as a sentence."""
     return REPAIR if path != RUN else "Nothing else holds what the run is: restore the file from a copy of it."
@@ -315,8 +307,14 @@ def artifact_of(path: str, data: bytes) -> Artifact:
 
 
 def record_bytes(record: dict[str, Any]) -> bytes:
-    """A JSON record as it is sealed, with its schema version."""
-    return (json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=1, sort_keys=True) + "\n").encode()
+    """A JSON record as it is sealed, with its schema version and its own hash."""
+    body = json.loads(json.dumps(record))
+    sealed = {"schema_version": SCHEMA_VERSION, "sha256": _digest(body), **body}
+    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _is_plain(path: object) -> bool:

@@ -11,10 +11,11 @@ from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, holder_of
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskManifest
-from distributed_eg.store.sealing import REPAIR, TEMPORARY, Artifact, Storage, damaged, repair_of
+from distributed_eg.store.sealing import REPAIR, TEMPORARY, Artifact, Storage, repair_of
 from distributed_eg.types import TaskId
 
 _RUN_WEIGHTS = re.compile(r"(root|statistics|root-autoencoder)-[0-9a-f]+\.safetensors")
+_TASK_WEIGHTS = re.compile(r"(autoencoder|expert|checkpoint)-[0-9a-f]+\.safetensors")
 _TASK_FILE = re.compile(rf"{layout.TASKS}/(\d{{5,}})/(.+)")
 
 
@@ -44,6 +45,7 @@ class _Record:
     path: str
     value: object = None
     artifacts: tuple[Artifact, ...] = ()
+    size_bytes: int = 0
     error: str | None = None
 
 
@@ -56,7 +58,7 @@ def verify(storage: Storage) -> Verification:
     found = {record.path: record for record in _read_records(storage)}
     damages = [Damage(record.path, record.error) for record in found.values() if record.error is not None]
     damages += _missing(storage, found)
-    sizes = {record.path: storage.size(record.path) for record in found.values() if record.error is None}
+    sizes = {record.path: record.size_bytes for record in found.values() if record.error is None}
     checked: set[Artifact] = set()
     harmed = {damage.path for damage in damages}
     for record in found.values():
@@ -67,6 +69,8 @@ def verify(storage: Storage) -> Verification:
             try:
                 sizes[artifact.path] = len(storage.read_artifact(artifact))
             except StorageError as error:
+                if record.path.endswith("/checkpoint.json") and _has_changed(storage, record):
+                    continue  # a driver works on the run
                 # What cannot be a file of the run is the fault of the record that names it.
                 path = artifact.path if isinstance(error, DamagedFileError) else record.path
                 damages.append(Damage(path, f"Named by {record.path!r}: {error}"))
@@ -74,6 +78,14 @@ def verify(storage: Storage) -> Verification:
                 sizes.pop(artifact.path, None)
     num_files = len(sizes.keys() | {damage.path for damage in damages})
     return Verification(num_files, sum(sizes.values()), tuple(damages))
+
+
+def _has_changed(storage: Storage, record: _Record) -> bool:
+    """Whether a checkpoint's record is another one by now, or gone."""
+    task = _task_of(record.path)
+    assert task is not None
+    again = _read_record(storage, record.path, lambda: _read_checkpoint(storage, task))
+    return again is None or again != record
 
 
 def unnamed(storage: Storage) -> list[str]:
@@ -108,7 +120,7 @@ def unnamed(storage: Storage) -> list[str]:
             left.append(path)
         elif task is None:
             left += [path] if _RUN_WEIGHTS.fullmatch(path) else []
-        elif path in over or not (name.startswith(".") or path in {layout.task_file(task, each) for each in _READERS}):
+        elif path in over or _TASK_WEIGHTS.fullmatch(name):
             left.append(path)
     return sorted(left, key=lambda path: (not path.endswith(".json"), path))
 
@@ -162,10 +174,11 @@ def _read_record(storage: Storage, path: str, read: Callable[[], object]) -> _Re
             types = (type(artifact.path), type(artifact.sha256), type(artifact.size_bytes))
             if types != (str, str, int):
                 message = f"The record {path!r} in {storage.uri!r} is damaged: it names {artifact}."
-                raise damaged(path, f"{message} {repair_of(path)}")
-        return _Record(path, value, artifacts)
+                raise DamagedFileError(f"{message} {repair_of(path)}")
+        return _Record(path, value, artifacts, storage.size(path))
     except StorageError as error:
-        return _Record(path, error=str(error))
+        # A driver that works on the run may just have removed it.
+        return _Record(path, error=str(error)) if storage.exists(path) else None
 
 
 def _read_artifact_of(storage: Storage, path: str, *keys: str) -> Artifact:
@@ -176,8 +189,8 @@ def _read_artifact_of(storage: Storage, path: str, *keys: str) -> Artifact:
             value = value[key]
         return Artifact(**value)
     except (KeyError, TypeError) as error:
-        raise damaged(
-            path, f"The record {path!r} in {storage.uri!r} is damaged: {error!r}. {repair_of(path)}"
+        raise DamagedFileError(
+            f"The record {path!r} in {storage.uri!r} is damaged: {error!r}. {repair_of(path)}"
         ) from error
 
 

@@ -40,6 +40,8 @@ class _Owner:
     value: Any
     skip: frozenset[str] = frozenset()
     tells: bool = False
+    is_part: bool = False
+    """A module within another owner, whose state holds its tensors but not its attributes."""
 
     def attributes(self) -> dict[str, Any]:
         return {name: value for name, value in getattr(self.value, "__dict__", {}).items() if name not in self.skip}
@@ -61,7 +63,12 @@ class Beginning:
         self._reads = [fingerprint(part, {}) for part in self._parts]
         self._owners = list(_owners(strategy, self.networks))
         tensors = [tensor for net in self.networks.values() for tensor in (*net.parameters(), *net.buffers())]
-        alone = [*(owner.value for owner in self._owners), *tensors, *self._parts, *self._kept.values()]
+        alone = [
+            *(owner.value for owner in self._owners if not owner.is_part),
+            *tensors,
+            *self._parts,
+            *self._kept.values(),
+        ]
         # An id means something only as long as its object lives.
         self._alone = [value for value in (*alone, job.teacher, criterion) if not is_plain(value)]
         self._tokens = {id(value): f"{type(value).__name__} {i}" for i, value in enumerate(self._alone)}
@@ -168,17 +175,29 @@ def _owners(strategy: ExpertGateStrategy, networks: Mapping[str, nn.Module]) -> 
     yield _Owner(f"the strategy {type(strategy).__name__}", strategy, _DONE_WITH | frozenset(_KEPT))
     yield _Owner("the evaluator", evaluator, _EVALUATOR)
     yield _Owner("the optimizer", strategy.optimizer, _OPTIMIZER)
-    for position, plugin in enumerate(strategy.plugins):
-        if plugin is not evaluator:
-            yield _Owner(f"the plugin {type(plugin).__name__} ({position})", plugin, tells=True)
-    for position, metric in enumerate(evaluator.metrics):
-        if not _is_avalanche(metric):  # Avalanche's reset themselves when an epoch or an evaluation begins
-            yield _Owner(f"the metric {type(metric).__name__} ({position})", metric, tells=True)
-    if not isinstance(criterion, nn.Module):
-        yield _Owner(f"the criterion {type(criterion).__name__}", criterion, tells=True)
+    members = [("plugin", plugin) for plugin in strategy.plugins if plugin is not evaluator]
+    # Avalanche's metrics reset themselves when an epoch or an evaluation begins.
+    members += [("metric", metric) for metric in evaluator.metrics if not _is_avalanche(metric)]
+    members += [] if isinstance(criterion, nn.Module) else [("criterion", criterion)]
+    known = {id(module) for net in networks.values() for module in net.modules()}
+    for position, (role, member) in enumerate(members):
+        name = f"the {role} {type(member).__name__} ({position})"
+        yield _Owner(name, member, tells=True)
+        for path, module in _modules_within(member):
+            if id(module) not in known and type(module).state_dict is nn.Module.state_dict:
+                yield _Owner(f"{name}: {path}", module, _MODULE, is_part=True)
     for name, net in networks.items():
         for path, module in net.named_modules():
             yield _Owner(f"{name} {path}".rstrip(), module, _MODULE)
+
+
+def _modules_within(member: Any) -> Iterator[tuple[str, nn.Module]]:
+    """A member's modules, itself included, by a name each."""
+    found = {"": member} if isinstance(member, nn.Module) else getattr(member, "__dict__", {})
+    for name, value in found.items():
+        if isinstance(value, nn.Module):
+            for path, module in value.named_modules():
+                yield ".".join(filter(None, (name, path))) or "itself", module
 
 
 def _parts(data: Any) -> tuple[list[Any], str | None]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 20
-"""Checkpoints take a twentieth of the time at most: after one, training goes on this many times as long as it took."""
+_SHARE = 50
+"""Checkpoints take a fiftieth of the time at most: after one, training goes on this many times as long as it took."""
 
 
 class Checkpointing:
@@ -36,6 +36,8 @@ class Checkpointing:
         self._beginning: Beginning | None = None
         self._num_epochs = 0
         self._due_s = 0.0
+        self.resumed_after = 0
+        """Epochs that the checkpoint had from which this stage went on; 0: it began at its beginning."""
 
     def begin(self) -> int:
         """Put everything back as the stage's checkpoint has it, where there is one: the number of epochs done.
@@ -51,7 +53,11 @@ class Checkpointing:
         self._num_epochs = self._strategy.train_epochs
         if self._num_epochs < 2:
             return 0
-        self._beginning = Beginning(self._job, self._strategy)
+        try:
+            self._beginning = Beginning(self._job, self._strategy)
+        except Exception as error:  # it may come from a user's state_dict
+            _warn_once(f"{type(error).__name__}: {error}")
+            return 0
         checkpoint = self._slot.load()
         epochs = 0 if checkpoint is None else self._resume(self._beginning, checkpoint)
         self._wait(started_s)
@@ -65,11 +71,14 @@ class Checkpointing:
         try:
             values, tensors = encode(self._state(self._beginning))
             self._slot.save(Checkpoint(self._slot.key, epochs, values, tensors))
+        except StorageError as error:
+            logger.warning("The checkpoint of task %d after epoch %d is left out: %s", self._job.task, epochs, error)
         except (CannotResumeError, TypeError) as reason:
             self._beginning = None
             _warn_once(str(reason))
-        except StorageError as error:
-            logger.warning("The checkpoint of task %d after epoch %d is left out: %s", self._job.task, epochs, error)
+        except Exception as error:  # it may come from a user's state_dict
+            self._beginning = None
+            _warn_once(f"{type(error).__name__}: {error}")
         self._wait(started_s)
 
     def _wait(self, started_s: float) -> None:
@@ -97,6 +106,7 @@ class Checkpointing:
                 f"({type(error).__name__}: {error}). It was deleted: tried again, the expert is trained from the "
                 "beginning."
             ) from error
+        self.resumed_after = checkpoint.epochs
         logger.info("The expert of task %d (label %d) goes on after %d epochs.", task, label, checkpoint.epochs)
         return checkpoint.epochs
 

@@ -22,6 +22,7 @@ from avalanche.benchmarks.utils.flat_data import ConstantSequence, FlatData
 from avalanche.training.templates.base_sgd import PeriodicEval
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
@@ -91,23 +92,20 @@ class DataIdentities:
         return content
 
 
-def dataset_identity(dataset: Any) -> dict[str, str | int]:
-    """What tells ``dataset`` from others; see ``DataIdentities.of``."""
-    return DataIdentities().of(dataset)
-
-
-def settings_identity(strategy: ExpertGateStrategy) -> dict[str, Any]:
+def settings_identity(strategy: ExpertGateStrategy, identities: DataIdentities) -> dict[str, Any]:
     """What decides how experts train and is not in ``MethodConfig``, as JSON values; read before training begins.
 
-    Objects count by their class; criterion, plugins and learning rate schedulers by their public attributes too.
+    Objects count by their class; criterion, plugins and a subclass of the strategy by their public attributes too,
+    learning rate schedulers and dataclasses by all of theirs.
 
     Raises:
         InputError: the reference's file cannot be read.
     """
     own = (strategy.evaluator, strategy.clock, strategy._criterion)
+    names = {id(parameter): name for name, parameter in strategy.model.named_parameters()}
     plugins = [plugin for plugin in strategy.plugins if not any(plugin is other for other in own)]
     return {
-        "strategy": _named(type(strategy)),
+        "strategy": {"class": _named(type(strategy)), **_added_attributes(strategy)},
         "train_mb_size": _setting(strategy.train_mb_size),
         "train_epochs": _setting(strategy.train_epochs),
         "eval_every": _setting(strategy.eval_every),
@@ -117,12 +115,12 @@ def settings_identity(strategy: ExpertGateStrategy) -> dict[str, Any]:
             "class": _named(type(strategy.optimizer)),
             "groups": [
                 plain_values({name: value for name, value in group.items() if name != "params"})
-                | {"num_params": len(group["params"])}
+                | {"params": _json_sha256([names.get(id(parameter), "another's") for parameter in group["params"]])}
                 for group in strategy.optimizer.param_groups
             ],
         },
         "criterion": _object(strategy._criterion),
-        "reference": _reference(strategy.reference),
+        "reference": _reference(strategy.reference, identities),
         "plugins": [_object(plugin) for plugin in plugins if not isinstance(plugin, PeriodicEval | GateReporter)],
     }
 
@@ -132,9 +130,15 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _setting(value) for name, value in values.items()}
 
 
-def _reference(reference: Any) -> Any:
+def _added_attributes(strategy: ExpertGateStrategy) -> dict[str, Any]:
+    """Public attributes that a subclass of the strategy gave it."""
+    ours = strategy._own_names
+    return plain_values({n: v for n, v in vars(strategy).items() if n not in ours and not n.startswith("_")})
+
+
+def _reference(reference: Any, identities: DataIdentities) -> Any:
     if not isinstance(reference, str | Path):
-        return None if reference is None else dataset_identity(reference)
+        return None if reference is None else identities.of(reference)
     try:
         return hashlib.sha256(Path(reference).read_bytes()).hexdigest()
     except OSError as error:
@@ -301,13 +305,17 @@ def _setting(value: Any) -> Any:
         return os.fsdecode(value)
     if isinstance(value, torch.device | torch.dtype):
         return str(value)
-    return _object(value) if isinstance(value, LRScheduler | partial) else _named(value)
+    if isinstance(value, Optimizer):  # a scheduler's
+        return _named(value)
+    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return _object(value) if is_data or isinstance(value, LRScheduler | partial) else _named(value)
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Class and public attributes of an object; of a module its weights and children too."""
-    attributes = getattr(value, "__dict__", {})
-    described = plain_values({name: v for name, v in attributes.items() if not name.startswith("_")})
+    """Class and public attributes of an object, all of a scheduler's; of a module its weights and children too."""
+    attributes = getattr(value, "__dict__", None) or {name: getattr(value, name) for name in _field_names(value)}
+    private = isinstance(value, LRScheduler)
+    described = plain_values({name: v for name, v in attributes.items() if private or not name.startswith("_")})
     if isinstance(value, partial):
         described |= {"func": _object(value.func), "args": _setting(value.args), "keywords": _setting(value.keywords)}
     if isinstance(value, nn.Module):
@@ -315,6 +323,11 @@ def _object(value: Any) -> dict[str, Any]:
             described |= {name: _array_sha256(tensor) for name, tensor in weights}
         described |= {name: _object(child) for name, child in value.named_children()}
     return {"class": _named(value), **described}
+
+
+def _field_names(value: Any) -> list[str]:
+    """A dataclass's fields, which one with slots keeps in no ``__dict__``."""
+    return [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
 
 
 def _named(value: Any) -> str:

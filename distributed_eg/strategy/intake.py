@@ -59,6 +59,7 @@ class Intake:
         evaluations: what experts are measured on while they train; None: their validation parts.
         valid_stream: validation parts by index; None: the benchmark's own, else split off.
         settings: what else the tasks are recognised by when a run is resumed.
+        identities: what their datasets are recognised by; it remembers those that it knows.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Intake:
         evaluations: Sequence[Part] | None,
         valid_stream: Iterable[CLExperience] | None,
         settings: Mapping[str, Any],
+        identities: DataIdentities,
     ) -> None:
         self._run = run
         self._method = method
@@ -80,7 +82,7 @@ class Intake:
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
         self._last = -1
-        self._identities = DataIdentities()
+        self._identities = identities
         self._settings = settings
 
     def inputs(self, experiences: Iterable[CLExperience]) -> Iterator[TaskInput]:
@@ -116,6 +118,8 @@ class Intake:
         identity = {"data": self._identities.of(part.dataset), **self._settings}
         if valid is not None:
             identity["validation"] = self._identities.of(valid)
+        if measured is not None:  # plugins may act on what is measured: early stopping does
+            identity["evaluations"] = [self._identities.of(other.dataset) for other in measured]
         shipped, leaves = self._run.engine.shipper.ship(data, f"the dataset of experience {part.info.index}")
         self._held[task] = (experience, leaves)
         return TaskInput(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,20 @@ def adopt_reference(run: OpenRun, reference: Dataset[Any] | str | Path | None, k
         run.session.fit_reference(shipped)
 
 
-def attach_model(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resident_experts: int) -> None:
-    """Hand ``model`` the gate over all sealed tasks, and where to read their experts."""
+@contextmanager
+def attaching(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resident_experts: int) -> Iterator[None]:
+    """After the block, hand ``model`` the gate over all sealed tasks; but whoever interrupts it waits for nothing."""
+    try:
+        yield
+    except Exception:
+        _attach(model, run, method, max_resident_experts)
+        raise
+    _attach(model, run, method, max_resident_experts)
+
+
+def _attach(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resident_experts: int) -> None:
     registry = run.session.registry
-    if registry.manifests:
+    if registry.manifests and registry.statistics is not None:
         if run.reader is None:
             load = partial(load_tensors, run.storage)
             run.reader = ExpertReader(load, model.expert, max_resident_experts, model.device)

@@ -32,9 +32,9 @@ from distributed_eg.store.records import TaskManifest
 from distributed_eg.strategy.checkpointing import Checkpointing
 from distributed_eg.strategy.checks import autoencoder_config, check_optimizer, takes_infinities, warn_of_memory
 from distributed_eg.strategy.evaluation import Answers, ask_workers
-from distributed_eg.strategy.identity import plain_values, settings_identity
+from distributed_eg.strategy.identity import DataIdentities, plain_values, settings_identity
 from distributed_eg.strategy.intake import Intake, Streams, check_experiences, evaluation_parts
-from distributed_eg.strategy.lifecycle import adopt_reference, attach_model, start_run, tables, warn_of_unequal_tasks
+from distributed_eg.strategy.lifecycle import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import replay
@@ -43,7 +43,9 @@ from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
 from distributed_eg.strategy.travelling import pack, pack_metrics
 from distributed_eg.types import OnRepeat
 
-_DRIVER_ONLY = frozenset({"cluster", "reference", "observer", "untouched", "_open", "_finalizer", "_reporter"})
+_DRIVER_ONLY = frozenset(
+    {"cluster", "reference", "observer", "untouched", "_open", "_finalizer", "_reporter", "_identities", "_own_names"}
+)
 
 
 class ExpertGateStrategy(SupervisedTemplate):
@@ -131,6 +133,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         Raises:
             InputError: a value cannot be used; the message names it.
         """
+        before = set(vars(self))
         if not isinstance(model, ExpertGate):
             raise InputError(f"ExpertGateStrategy needs a distributed_eg.ExpertGate model, not {type(model).__name__}.")
         autoencoder = autoencoder_config(
@@ -190,6 +193,8 @@ class ExpertGateStrategy(SupervisedTemplate):
         named = {str(metric) for metric in self.evaluator.metrics}
         self._reporter = GateReporter([metric for metric in own_metrics() if str(metric) not in named])
         self.untouched = pack_metrics(self)
+        self._identities = DataIdentities()
+        self._own_names = frozenset(vars(self)) - before
 
     @property
     def registry(self) -> pa.Table:
@@ -246,12 +251,12 @@ class ExpertGateStrategy(SupervisedTemplate):
             known = {} if self._open is None else self._open.session.registry.newest
             check_experiences(sized, known, self.on_repeat)
         trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
-        settings = {**settings_identity(self), "loader": plain_values(kwargs)}
+        settings = {**settings_identity(self, self._identities), "loader": plain_values(kwargs)}
         evaluations = evaluation_parts(eval_streams)
         with terminable():
             run = self._opened(settings)
         shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
-        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream, settings)
+        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream, settings, self._identities)
         num_tasks = len(sized) if isinstance(sized, list) else None
 
         def on_commit(manifest: TaskManifest, log: Any) -> None:
@@ -259,11 +264,10 @@ class ExpertGateStrategy(SupervisedTemplate):
             replay(self, self.evaluator, log or ())
 
         try:
-            with terminable():
+            with terminable(), attaching(self.model, run, self.method, self.cluster.max_resident_experts):
                 run.session.train(intake.inputs(sized), num_tasks, shipped_trainer, on_commit)
         finally:
             self._train_cleanup()
-            attach_model(self.model, run, self.method, self.cluster.max_resident_experts)
         warn_of_unequal_tasks(run.session.registry)
         return self.evaluator.get_last_metrics()
 

@@ -15,10 +15,11 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from torch import nn
 
-from distributed_eg.errors import DivergedError, ExpertGateError, HookError
+from distributed_eg.errors import DivergedError, ExpertGateError, HookError, StoppedError
 from distributed_eg.method.distill import Distillation
 from distributed_eg.method.expert import find_head
 from distributed_eg.runtime.requests import ExpertJob, TrainedExpert
+from distributed_eg.store.layout import task_file
 from distributed_eg.strategy.blame import blame
 from distributed_eg.strategy.checkpointing import Checkpointing
 from distributed_eg.strategy.experiences import rebuild
@@ -76,7 +77,8 @@ class StrategyTrainer:
         except ExpertGateError:
             raise
         except Exception as error:
-            raise _told(error, job) from error
+            resumed_after = 0 if strategy._checkpointing is None else strategy._checkpointing.resumed_after
+            raise _told(error, job, resumed_after) from error
         finally:
             if distillation is not None:
                 distillation.detach()
@@ -116,7 +118,9 @@ class _ExpertRules(SupervisedPlugin):
             self._count += 1
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
-        """Refuse to step on a loss that is not finite."""
+        """Refuse to step on a loss that is not finite, or once the driver was told to stop."""
+        if self._job.is_stopping():
+            raise StoppedError(f"Task {self._job.task} ended early: its driver was told to stop.")
         if not bool(torch.isfinite(strategy.loss).all()):
             rates = [group["lr"] for group in strategy.optimizer.param_groups]
             raise DivergedError(
@@ -150,11 +154,15 @@ def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillat
     return distillation
 
 
-def _told(error: Exception, job: ExpertJob) -> HookError:
+def _told(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
     who = blame(error)
+    note = ""
+    if resumed_after:
+        path = task_file(job.task, "checkpoint")
+        note = f"It went on from its checkpoint after {resumed_after} epochs; if that is why, delete {path!r}.\n"
     return HookError(
         f"Training the expert of task {job.task} (label {job.label}) failed"
-        f"{'' if who is None else f' in {who}'}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+        f"{'' if who is None else f' in {who}'}: {type(error).__name__}: {error}\n{note}{traceback.format_exc()}"
     )
 
 

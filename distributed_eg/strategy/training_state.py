@@ -47,8 +47,8 @@ def require_exact(optimizer: Optimizer) -> None:
         return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            cast = isinstance(value, Tensor) and name != "step" and parameter.is_floating_point()
-            if cast and value.dtype != parameter.dtype:
+            tensors = isinstance(value, Tensor) and isinstance(parameter, Tensor)
+            if tensors and name != "step" and parameter.is_floating_point() and value.dtype != parameter.dtype:
                 kind = type(optimizer).__name__
                 raise CannotResumeError(
                     f"{kind} keeps {name!r} as {value.dtype} for a parameter of {parameter.dtype}, and loads it as that"

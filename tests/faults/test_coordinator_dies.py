@@ -14,7 +14,7 @@ from distributed_eg.errors import RunInUseError
 from distributed_eg.runtime.ray_engine import RayEngine
 from distributed_eg.store.sealing import Storage
 from distributed_eg.store.verifying import unnamed, verify
-from tests.faults.chaos import Chaos, Fault
+from tests.faults.chaos import Chaos, Fault, wait_for
 from tests.faults.conftest import train_and_evaluate
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -48,11 +48,14 @@ def test_it_is_killed_around_every_kind_of_record(chaos: Chaos, undisturbed: dic
     storage = Storage(str(run))
     assert verify(storage).damages == ()
     assert unnamed(storage) == []
-    assert ray.util.list_named_actors(all_namespaces=True) == []
+    wait_for(lambda: ray.util.list_named_actors(all_namespaces=True) == [], 20, "the end of the coordinator")
 
 
-def test_a_second_driver_on_the_same_cluster_is_refused_by_name(chaos: Chaos, tmp_path: Path) -> None:
+def test_a_second_driver_on_the_same_cluster_is_refused_by_name(
+    chaos: Chaos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where the storage cannot tell: the coordinator's name is the run's."""
+    monkeypatch.setattr("distributed_eg.runtime.ray_engine._NAME_TIMEOUT_S", 1.0)
     config = ClusterConfig(num_workers=1, gpus_per_worker=0, storage=str(tmp_path / "run"))
     first = RayEngine(config, str(tmp_path / "run"), "a-run", 1)
     first.start()

@@ -28,12 +28,12 @@ def test_killed_at_every_seal_and_resumed(tmp_path: Path, chaos: Chaos, whole: d
     storage = tmp_path / "run"
     num_killed = 0
     while True:
-        chaos.plan(Fault(f"{when} seal *", "kill", nth=1 + num_killed % 6))
+        chaos.plan(Fault(f"{when} seal *", "kill", nth=1 + num_killed % 12))
         if (code := drivers.run(train, storage, chaos=chaos.folder)) == 0:
             break
         assert code == -9
         num_killed += 1
-        assert num_killed < 60
+        assert num_killed < 90
         assert [d for d in verify(Storage(str(storage))).damages if not d.path.startswith("run.json")] == []
     assert num_killed >= 15
     chaos.clear()

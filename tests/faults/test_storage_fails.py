@@ -53,7 +53,7 @@ def test_a_disk_that_is_full_from_the_nth_write_on(
     num_failed = 0
     while True:
         point = "inside seal *" if inside else "before seal *"
-        chaos.plan(Fault(point, "full", nth=1 + num_failed % 7, times=FOREVER))
+        chaos.plan(Fault(point, "full", nth=1 + num_failed % 12, times=FOREVER))
         told = why_it_ended(storage)
         if not any(chaos.fired()):
             break

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,11 +113,10 @@ def test_timings_are_not_needed(storage: Storage, tmp_path: Path) -> None:
     assert registry["worker"].to_pylist() == ["w0", None, "w0"]
 
 
-def test_a_manifest_that_names_another_autoencoder_is_refused(storage: Storage, tmp_path: Path) -> None:
-    file = tmp_path / "run/tasks/00001/autoencoder.json"
-    body = json.loads(file.read_text())
-    body["artifact"]["sha256"] = "another"
-    file.write_text(json.dumps(body))
+def test_a_manifest_that_names_another_autoencoder_is_refused(storage: Storage) -> None:
+    record = records.read_autoencoder(storage, 1)
+    assert record is not None
+    records.write_autoencoder(storage, replace(record, artifact=replace(record.artifact, sha256="another")))
     with pytest.raises(StorageError, match="manifest of task 1"):
         Registry.read(storage)
 

@@ -18,7 +18,6 @@ from distributed_eg.schedule.events import (
     StreamEnded,
     TaskArrived,
     WorkerJoined,
-    WorkerLost,
 )
 from distributed_eg.schedule.instructions import PullTask, RunStage
 from distributed_eg.schedule.machine import Machine, ScheduleError
@@ -247,9 +246,8 @@ def test_tasks_of_an_earlier_call_are_parents_and_are_not_trained_again() -> Non
         (TaskArrived(7),),
         (StreamEnded(), TaskArrived(0)),
         (StageFinished(3, FEATURES, 1),),
-        (WorkerLost("nobody", "gone"),),
     ],
-    ids=["arrived twice", "committed before", "after the end", "unknown task", "unknown worker"],
+    ids=["arrived twice", "committed before", "after the end", "unknown task"],
 )
 def test_what_cannot_happen_is_told_with_the_last_events(events: tuple[Event, ...]) -> None:
     machine = Machine([7], has_statistics=True)

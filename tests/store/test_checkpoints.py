@@ -22,8 +22,6 @@ from distributed_eg.store.checkpoints import (
     decode,
     delete_checkpoint,
     encode,
-    read_checkpoint,
-    write_checkpoint,
 )
 from distributed_eg.store.sealing import Storage
 
@@ -47,11 +45,11 @@ def weights(storage: Storage) -> list[str]:
 
 
 def test_the_newest_comes_back_and_is_the_only_one(storage: Storage) -> None:
-    assert read_checkpoint(storage, 3, "k") is None
+    assert CheckpointSlot(storage, 3, "k").load() is None
     for epochs in (1, 2, 2):
-        write_checkpoint(storage, 3, checkpoint(epochs))
+        CheckpointSlot(storage, 3, "k").save(checkpoint(epochs))
         assert len(weights(storage)) == 1
-    found = read_checkpoint(storage, 3, "k")
+    found = CheckpointSlot(storage, 3, "k").load()
     assert found is not None
     assert (found.key, found.epochs) == ("k", 2)
     state = decode(found.values, found.tensors)
@@ -60,18 +58,18 @@ def test_the_newest_comes_back_and_is_the_only_one(storage: Storage) -> None:
 
 
 def test_another_stage_s_is_none_and_is_replaced(storage: Storage, caplog: Any) -> None:
-    write_checkpoint(storage, 3, checkpoint(4, "other"))
+    CheckpointSlot(storage, 3, "k").save(checkpoint(4, "other"))
     assert CheckpointSlot(storage, 3, "k").load() is None
     assert not caplog.records
     CheckpointSlot(storage, 3, "k").save(checkpoint(1))
     assert len(weights(storage)) == 1
-    assert read_checkpoint(storage, 3, "other") is None
+    assert CheckpointSlot(storage, 3, "other").load() is None
 
 
 def test_a_writer_killed_between_tensors_and_record_leaves_the_one_before(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_checkpoint(storage, 3, checkpoint(1))
+    CheckpointSlot(storage, 3, "k").save(checkpoint(1))
 
     def killed(*_: Any) -> None:
         raise StorageError("killed")
@@ -79,13 +77,23 @@ def test_a_writer_killed_between_tensors_and_record_leaves_the_one_before(
     with monkeypatch.context() as patch:
         patch.setattr(Storage, "write_record", killed)
         with pytest.raises(StorageError, match="killed"):
-            write_checkpoint(storage, 3, checkpoint(2))
-    found = read_checkpoint(storage, 3, "k")
+            CheckpointSlot(storage, 3, "k").save(checkpoint(2))
+    found = CheckpointSlot(storage, 3, "k").load()
     assert found is not None
     assert found.epochs == 1
     assert len(weights(storage)) == 2
     delete_checkpoint(storage, 3)
     assert storage.list(FOLDER) == []
+
+
+def test_what_a_record_that_was_tampered_with_names_is_not_deleted(storage: Storage) -> None:
+    storage.write("tasks/00000/expert-0.safetensors", b"x")
+    body = {"task": 3, "key": "k", "epochs": 1, "values": None}
+    named = {"path": "tasks/00000/expert-0.safetensors", "sha256": "", "size_bytes": 1}
+    storage.write_record(f"{FOLDER}/checkpoint.json", {**body, "tensors": named})
+    CheckpointSlot(storage, 3, "k").save(checkpoint(1))
+    CheckpointSlot(storage, 3, "k").delete()
+    assert storage.list("tasks/00000") == ["expert-0.safetensors"]
 
 
 def test_nothing_to_delete(storage: Storage) -> None:
@@ -97,7 +105,7 @@ def test_nothing_to_delete(storage: Storage) -> None:
 
 @pytest.mark.parametrize("damage", ["torn record", "no tensors", "number", "torn weights", "gone"])
 def test_a_damaged_one_is_none_with_a_warning(storage: Storage, caplog: Any, damage: str) -> None:
-    write_checkpoint(storage, 3, checkpoint(5))
+    CheckpointSlot(storage, 3, "k").save(checkpoint(5))
     record = Path(storage.uri) / FOLDER / "checkpoint.json"
     (file,) = (record.parent / name for name in weights(storage))
     content = json.loads(record.read_text())
@@ -112,10 +120,10 @@ def test_a_damaged_one_is_none_with_a_warning(storage: Storage, caplog: Any, dam
     else:
         file.unlink()
     with caplog.at_level(logging.WARNING):
-        assert read_checkpoint(storage, 3, "k") is None
+        assert CheckpointSlot(storage, 3, "k").load() is None
     assert "The checkpoint of task 3 cannot be used" in caplog.text
-    write_checkpoint(storage, 3, checkpoint(1))
-    assert read_checkpoint(storage, 3, "k") is not None
+    CheckpointSlot(storage, 3, "k").save(checkpoint(1))
+    assert CheckpointSlot(storage, 3, "k").load() is not None
 
 
 def same(a: Any, b: Any) -> bool:
@@ -173,8 +181,8 @@ VALUES: dict[str, Any] = {
 def test_values_come_back_bit_for_bit_through_a_run_directory(storage: Storage, name: str) -> None:
     values, tensors = encode(VALUES[name])
     json.dumps(values, allow_nan=False)
-    write_checkpoint(storage, 3, Checkpoint("k", 1, values, tensors))
-    found = read_checkpoint(storage, 3, "k")
+    CheckpointSlot(storage, 3, "k").save(Checkpoint("k", 1, values, tensors))
+    found = CheckpointSlot(storage, 3, "k").load()
     assert found is not None
     assert same(decode(found.values, found.tensors), VALUES[name])
 

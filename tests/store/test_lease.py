@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distributed_eg.errors import RunInUseError, StorageError
@@ -37,7 +38,7 @@ for line in sys.stdin:
     except RunInUseError as error:
         print(error, flush=True)
 """
-ELSEWHERE = Holder(host="node-7", boot_id="another", pid_namespace=1, pid=1, started=0.0)
+ELSEWHERE = Holder(host="node-7", boot_id="another", pid_namespace=1, pid=1, started=0.0, start_ticks=0)
 
 
 @pytest.fixture
@@ -162,8 +163,21 @@ def test_another_process_is_refused_by_this_one(storage: Storage) -> None:
 
 def test_a_process_that_got_the_number_of_a_dead_driver_does_not_hold_its_run(storage: Storage) -> None:
     here = module._this_process()
-    write(storage, replace(here, started=here.started - 100), time.time())
+    parent = replace(here, pid=os.getppid(), started=psutil.Process(os.getppid()).create_time())
+    write(storage, replace(parent, start_ticks=module._start_ticks(parent.pid)), time.time())
+    assert f"process {parent.pid} " in (holder_of(storage) or "")
+    write(storage, replace(parent, start_ticks=module._start_ticks(parent.pid) - 1), time.time())
     assert holder_of(storage) is None
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_while_a_driver_works_does_not_end_its_lease(storage: Storage, hours: int) -> None:
+    """The system's clock counts from when it was booted, so that it tells another start of the process then."""
+    parent = os.getppid()
+    started = psutil.Process(parent).create_time() + 3600 * hours
+    holder = replace(module._this_process(), pid=parent, started=started, start_ticks=module._start_ticks(parent))
+    write(storage, holder, time.time() + 3600 * hours)
+    assert f"process {parent} " in (holder_of(storage) or "")
 
 
 @pytest.mark.parametrize("other", ["host", "boot_id", "pid_namespace"])

@@ -19,7 +19,7 @@ import pytest
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store.layout import SCHEMA_VERSION
-from distributed_eg.store.sealing import REPAIR, Artifact, Storage, damaged_path
+from distributed_eg.store.sealing import REPAIR, Artifact, Storage
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_harmed_artifact_is_named(storage: Storage, tmp_path: Path, harm: Call
     assert artifact.sha256[:12] in message
     assert f"{artifact.size_bytes} bytes" in message
     assert message.endswith(REPAIR)
-    assert damaged_path(caught.value) == damaged_path(pickle.loads(pickle.dumps(caught.value))) == artifact.path
+    assert str(pickle.loads(pickle.dumps(caught.value))) == message
 
 
 def test_a_record_that_says_another_size_is_not_believed(storage: Storage) -> None:
@@ -187,7 +187,6 @@ def test_a_damaged_record_is_named(storage: Storage, data: bytes) -> None:
     storage.write("tasks/r.json", data)
     with pytest.raises(DamagedFileError, match=r"tasks/r\.json") as caught:
         storage.read_record("tasks/r.json")
-    assert damaged_path(caught.value) == "tasks/r.json"
     assert str(caught.value).endswith(REPAIR)
 
 

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.lease import Lease
-from distributed_eg.store.sealing import REPAIR, Storage
+from distributed_eg.store.sealing import REPAIR, Storage, record_bytes
 from distributed_eg.store.verifying import Damage, collect, unnamed, verify
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, tiny_benchmark, tiny_net, tiny_strategy
 
@@ -45,9 +44,12 @@ def weights(run: Path, pattern: str) -> Path:
     return path
 
 
-def change(path: Path, **fields: Any) -> None:
-    """Fields of a JSON record, set to other values."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+def change(record: Path, **values: object) -> None:
+    """Another value in a record, as somebody writes it who knows how records are sealed."""
+    body = {**json.loads(record.read_text()), **values}
+    record.write_bytes(
+        record_bytes({name: value for name, value in body.items() if name not in ("schema_version", "sha256")})
+    )
 
 
 def answers(run: Path) -> torch.Tensor:
@@ -120,7 +122,31 @@ def test_a_flipped_byte_of_a_relatedness_row_is_found(run: Path) -> None:
     (run / "tasks/00002/relatedness.json").write_text(json.dumps(record))
     (damage,) = damages(run)
     assert damage.path == "tasks/00002/relatedness.json"
+    assert "another hash" in damage.problem
+
+
+def test_a_relatedness_row_that_its_manifest_does_not_know_is_told(run: Path) -> None:
+    change(run / "tasks/00002/relatedness.json", own_error=1.0)
+    (damage,) = damages(run)
+    assert damage.path == "tasks/00002/relatedness.json"
     assert "tasks/00002/manifest.json" in damage.problem
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("tasks/00001/manifest.json", "parent", 2),
+        ("tasks/00000/autoencoder.json", "num_samples", 53),
+        ("statistics.json", "num_samples", 53),
+        ("run.json", "threads", 7),
+        ("tasks/00003/timings.json", "stages", []),
+    ],
+)
+def test_a_changed_value_of_any_record_is_found(run: Path, path: str, name: str, value: object) -> None:
+    body = json.loads((run / path).read_text())
+    assert body[name] != value
+    (run / path).write_text(json.dumps({**body, name: value}))
+    assert path in {damage.path for damage in damages(run)}
 
 
 def test_one_damage_does_not_hide_the_next(run: Path) -> None:
@@ -273,7 +299,7 @@ def test_weights_whose_manifest_names_a_wrong_path_stay(run: Path) -> None:
     manifest = run / "tasks/00001/manifest.json"
     manifest.write_text(manifest.read_text().replace("00001/expert-", "00001/expers-"))
     assert unnamed(Storage(str(run))) == []
-    assert [damage.path.partition("-")[0] for damage in damages(run)] == ["tasks/00001/expers"]
+    assert [damage.path for damage in damages(run)] == ["tasks/00001/manifest.json"]
 
 
 def test_an_unreadable_statistics_record_keeps_the_files_of_the_run(run: Path) -> None:

@@ -24,6 +24,7 @@ from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import StorageError
 from distributed_eg.runtime.requests import Done, ExpertRequest, ExpertResult, Raised, TaskInput
 from distributed_eg.runtime.worker import TaskWorker
+from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.layout import task_file
 from distributed_eg.store.reading import ExpertRef
 from distributed_eg.store.sealing import Storage
@@ -524,7 +525,7 @@ def test_a_storage_that_is_full_stops_no_training(stages: Any, caplog: Any, monk
     def full(*_: Any) -> None:
         raise StorageError("no room")
 
-    monkeypatch.setattr("distributed_eg.store.checkpoints.write_checkpoint", full)
+    monkeypatch.setattr(CheckpointSlot, "save", full)
     assert outcome(stages().trained()) == outcome(expected)
     assert caplog.text.count("no room") == EPOCHS - 1
 

@@ -33,11 +33,18 @@ from distributed_eg.runtime.resuming import differences
 from distributed_eg.strategy import identity as module
 from distributed_eg.strategy.identity import (
     DataIdentities,
-    dataset_identity,
     plain_values,
-    settings_identity,
 )
 from tests.helpers import SHAPE, task_images, tiny_benchmark, tiny_net, tiny_strategy
+
+
+def dataset_identity(dataset: Any) -> dict[str, str | int]:
+    """By somebody who has seen no other dataset."""
+    return DataIdentities().of(dataset)
+
+
+def settings_identity(strategy: Any) -> dict[str, Any]:
+    return module.settings_identity(strategy, DataIdentities())
 
 
 @pytest.fixture
@@ -393,7 +400,7 @@ import functools, json, sys
 from avalanche.benchmarks.utils import as_classification_dataset
 from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
-from distributed_eg.strategy.identity import dataset_identity, settings_identity
+from distributed_eg.strategy.identity import DataIdentities, settings_identity
 from tests.helpers import task_images, tiny_benchmark, tiny_strategy
 from avalanche.training.plugins import EarlyStoppingPlugin
 
@@ -408,7 +415,8 @@ def everything(folder):
     assert len(twice._flat_data._datasets) == 6
     datasets = [e.dataset for e in tiny_benchmark().train_stream] + [twice, ImageFolder(folder)]
     strategy = tiny_strategy(plugins=[EarlyStoppingPlugin(2, "valid")], eval_every=1)
-    return [dataset_identity(dataset) for dataset in datasets] + [settings_identity(strategy)]
+    identities = DataIdentities()
+    return [identities.of(dataset) for dataset in datasets] + [settings_identity(strategy, identities)]
 """
 
 

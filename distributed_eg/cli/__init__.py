@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from typing import NoReturn
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a known error ends it with one sentence on stderr.
 
-    Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be used, 130 interrupted.
+    Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be used, 130 interrupted, 143 terminated.
     """
     import tyro
 
@@ -34,5 +36,21 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"distributed-eg: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("distributed-eg: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _leave(130, "interrupted")
+    except SystemExit as stop:
+        if stop.code == _TERMINATED:
+            _leave(_TERMINATED, "terminated")
+        raise
+
+
+_TERMINATED = 143
+
+
+def _leave(code: int, why: str) -> NoReturn:
+    """End at once: everything is closed by now, and Python would tidy up for another second, which a job scheduler may
+    not grant."""
+    print(f"distributed-eg: {why}", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

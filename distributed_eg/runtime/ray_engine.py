@@ -30,7 +30,8 @@ from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 1.0
+_POLL_S = 0.2
+"""Ray looks at signals between waits only, and whoever presses Ctrl-C should not wait for long."""
 _WATCH_EVERY_S = 5.0
 _SAY_EVERY_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
@@ -122,7 +123,7 @@ class RayEngine:
         state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
 
     def wait(self) -> list[Report]:
-        """Reports since the last call, lost workers first; waits up to a second for the first."""
+        """Reports since the last call, lost workers first; waits a moment for the first."""
         references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,25 @@ SMALL = ["--engine", "inline", "--train-per-task", "48", "--test-per-task", "24"
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """``python -m distributed_eg`` in ``cwd``."""
+    process = started(*arguments, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=280)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def started(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command, begun as from a terminal of its own."""
     repository = Path(__file__).resolve().parents[2]
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "distributed_eg", *arguments],
         cwd=cwd,
         env=None if _installed() else {"PYTHONPATH": str(repository), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=280,
-        check=False,
+        start_new_session=True,
     )
 
 
@@ -91,3 +103,36 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(arguments: list[str], says:
     assert says in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.ray
+def test_stopped_in_mid_training_it_ends_in_three_seconds_and_the_same_command_goes_on(
+    small_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Ray and all; what it goes on to is, to the byte, what an undisturbed run came to."""
+    arguments = ["run", "--storage", "run", "--json", *SMALL]
+    on_ray = ["ray" if argument == "inline" else argument for argument in arguments]
+    process = started(*on_ray, "--num-workers", "1", cwd=tmp_path)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "task 1 " in line and ": autoencoder, " in line:
+            break
+    assert lines[-1].startswith("task 1 "), "".join(lines)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, rest
+    assert time.monotonic() - begun < 3
+    assert "the same command with --storage run goes on" in rest
+    assert "Traceback" not in rest
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "task 0 " in done.stderr
+    assert ": features kept" in done.stderr
+    sums = [
+        [(task["autoencoder_sha256"], task["expert_sha256"]) for task in json.loads(text.splitlines()[-1])["tasks"]]
+        for text in (done.stdout, small_run[1].stdout)
+    ]
+    assert sums[0] == sums[1]

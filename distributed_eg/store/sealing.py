@@ -167,12 +167,13 @@ class Storage:
             message = f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r:.60}, no object."
             raise DamagedFileError(f"{message} {repair_of(path)}")
         version = record.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
+        is_as_sealed = record.pop("sha256", None) == _digest(record)
+        if version != SCHEMA_VERSION and not is_as_sealed:
             raise StorageError(
                 f"The record {path!r} in {self.uri!r} has schema version {version}; this package reads "
                 f"{SCHEMA_VERSION}. Use the package version that wrote it."
             )
-        if record.pop("sha256", None) != _digest(record):
+        if version != SCHEMA_VERSION or not is_as_sealed:
             raise DamagedFileError(
                 f"The record {path!r} in {self.uri!r} is damaged: its content has another hash than it says. "
                 f"{repair_of(path)}"
@@ -314,7 +315,9 @@ def record_bytes(record: dict[str, Any]) -> bytes:
 
 
 def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    """What a record of this schema version hashes to."""
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **body}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_plain(path: object) -> bool:

@@ -52,6 +52,11 @@ class RecordedCallback:
     num_batches: int
 
 
+KEPT = tuple(RecordedCallback(callback, (), 0) for callback in _TASK_LEVEL)
+"""What is replayed of a task that an earlier driver trained: nobody kept its values, but metrics that compare tasks,
+and the clock, have to know that it was there."""
+
+
 class RecordingLogger(BaseLogger):
     """Keeps every callback with its metric values, in order."""
 

@@ -37,7 +37,7 @@ from distributed_eg.strategy.intake import Intake, Streams, check_experiences, e
 from distributed_eg.strategy.lifecycle import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
-from distributed_eg.strategy.recording import replay
+from distributed_eg.strategy.recording import KEPT, replay
 from distributed_eg.strategy.reporting import GateReporter
 from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
 from distributed_eg.strategy.travelling import pack, pack_metrics
@@ -261,7 +261,7 @@ class ExpertGateStrategy(SupervisedTemplate):
 
         def on_commit(manifest: TaskManifest, log: Any) -> None:
             self.experience = intake.release(manifest.task).logging()
-            replay(self, self.evaluator, log or ())
+            replay(self, self.evaluator, KEPT if log is None else log)
 
         try:
             with terminable(), attaching(self.model, run, self.method, self.cluster.max_resident_experts):

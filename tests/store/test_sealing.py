@@ -170,6 +170,14 @@ def test_the_same_record_gives_the_same_bytes_in_any_order_of_keys(storage: Stor
     assert storage.write_record("a", {"x": 1, "y": 2}).sha256 == storage.write_record("b", {"y": 2, "x": 1}).sha256
 
 
+def test_a_record_whose_version_alone_was_changed_is_damaged_and_of_no_other_version(storage: Storage) -> None:
+    storage.write_record("r.json", {"task": 0})
+    body = json.loads(storage.read("r.json"))
+    storage.write("r.json", json.dumps({**body, "schema_version": 7}).encode())
+    with pytest.raises(DamagedFileError, match="another hash"):
+        storage.read_record("r.json")
+
+
 @pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, 0, "1", None])
 def test_another_schema_version_is_refused_with_both_numbers(storage: Storage, version: object) -> None:
     body = {"task": 0} if version is None else {"task": 0, "schema_version": version}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
@@ -95,3 +96,21 @@ def check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
             f"The optimizer holds {len(held)} parameters, none of them the model's; make it from "
             "model.expert.parameters()."
         )
+
+
+def driver_device(device: torch.device | str | None) -> torch.device | str:
+    """What the driver's own copy of the model is on: a GPU that only workers have is none here."""
+    wants_cuda = device is not None and str(device).startswith("cuda")
+    return "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
+
+
+def one_number(loss: Any) -> Tensor:
+    """``loss``, as it is.
+
+    Raises:
+        InputError: it is not one number.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
+    return loss

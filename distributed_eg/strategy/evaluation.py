@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor
 
 from distributed_eg.config import MethodConfig
@@ -33,6 +34,19 @@ def right_tasks(experience: CLExperience, dataset: Any, registry: Registry) -> l
     manifests = {label: registry.of_label(label) for label in set(of_sample)}
     tasks = {label: _UNKNOWN if known is None else known.versions[0] for label, known in manifests.items()}
     return [tasks[label] for label in of_sample]
+
+
+def adapt(
+    strategy: SupervisedTemplate, experiences: Iterable[CLExperience], loader_args: dict[str, Any]
+) -> list[tuple[CLExperience, Any]]:
+    """Each experience with the dataset that the strategy's own ``eval_dataset_adaptation`` makes of it."""
+    adapted: list[tuple[CLExperience, Any]] = []
+    for strategy.experience in experiences:
+        strategy.eval_dataset_adaptation(**loader_args)
+        adapted.append((strategy.experience, strategy.adapted_dataset))
+    strategy.experience = None
+    strategy.adapted_dataset = None
+    return adapted
 
 
 def ask_workers(

@@ -6,7 +6,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -29,13 +28,13 @@ from distributed_eg.runtime.training import Observer
 from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.store.reading import Reference
 from distributed_eg.store.records import TaskManifest
+from distributed_eg.strategy import checks
 from distributed_eg.strategy.checkpointing import Checkpointing
-from distributed_eg.strategy.checks import autoencoder_config, check_optimizer, takes_infinities, warn_of_memory
-from distributed_eg.strategy.evaluation import Answers, ask_workers
+from distributed_eg.strategy.evaluation import Answers, adapt, ask_workers
 from distributed_eg.strategy.identity import DataIdentities, plain_values, settings_identity
 from distributed_eg.strategy.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.lifecycle import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
-from distributed_eg.strategy.metrics import RoutedBatch, own_metrics
+from distributed_eg.strategy.metrics import RoutedBatch
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
 from distributed_eg.strategy.recording import KEPT, replay
 from distributed_eg.strategy.reporting import GateReporter
@@ -136,7 +135,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         before = set(vars(self))
         if not isinstance(model, ExpertGate):
             raise InputError(f"ExpertGateStrategy needs a distributed_eg.ExpertGate model, not {type(model).__name__}.")
-        autoencoder = autoencoder_config(
+        autoencoder = checks.autoencoder_config(
             model.autoencoder,
             latent_dim=ae_latent_dim,
             lr=ae_lr,
@@ -144,8 +143,8 @@ class ExpertGateStrategy(SupervisedTemplate):
             batch_size=ae_train_mb_size,
             optimizer=ae_optimizer,
         )
-        check_optimizer(optimizer, model)
-        warn_of_memory(plugins or ())
+        checks.check_optimizer(optimizer, model)
+        checks.warn_of_memory(plugins or ())
         self.method = MethodConfig(
             autoencoder=autoencoder,
             temp=temp,
@@ -170,8 +169,6 @@ class ExpertGateStrategy(SupervisedTemplate):
         self.reference = reference
         self.observer = observer
         self._asked_device = None if device is None else str(device)
-        wants_cuda = self._asked_device is not None and self._asked_device.startswith("cuda")
-        here = "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -179,7 +176,7 @@ class ExpertGateStrategy(SupervisedTemplate):
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
-            device=here,
+            device=checks.driver_device(device),
             plugins=plugins,
             evaluator=evaluator,
             eval_every=eval_every,
@@ -190,8 +187,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._finalizer: weakref.finalize[Any, Any] | None = None
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
-        named = {str(metric) for metric in self.evaluator.metrics}
-        self._reporter = GateReporter([metric for metric in own_metrics() if str(metric) not in named])
+        self._reporter = GateReporter(self.evaluator)
         self.untouched = pack_metrics(self)
         self._identities = DataIdentities()
         self._own_names = frozenset(vars(self)) - before
@@ -317,15 +313,15 @@ class ExpertGateStrategy(SupervisedTemplate):
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
-        self._ask_workers(self._open, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
+        asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
+        with terminable():
+            self._answers.extend(ask_workers(self._open, asked, self.eval_mb_size, self.method))
         self.plugins.insert(0, self._reporter)
         try:
             with terminable():
                 return super().eval(experiences, **kwargs)
-        except BaseException:
-            self._eval_cleanup()
-            raise
         finally:
+            self._eval_cleanup()
             self.plugins.remove(self._reporter)
             self.routed = None
             self._answers.clear()
@@ -352,15 +348,12 @@ class ExpertGateStrategy(SupervisedTemplate):
             InputError: it is not one number.
         """
         model = self.model
-        if isinstance(model, SingleExpert) and self.is_training and not takes_infinities(self._criterion):
+        if isinstance(model, SingleExpert) and self.is_training and not checks.takes_infinities(self._criterion):
             classes = torch.tensor(model.classes, device=self.mb_y.device)
             loss = self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
         else:
             loss = super().criterion()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
-        return loss
+        return checks.one_number(loss)
 
     def save_reference(self, path: str | Path) -> None:
         """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
@@ -382,9 +375,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         """The strategy itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
 
@@ -402,14 +393,3 @@ class ExpertGateStrategy(SupervisedTemplate):
         self._finalizer = weakref.finalize(self, run.close)
         self._open = run
         return run
-
-    def _ask_workers(self, run: OpenRun, experiences: Iterable[CLExperience], kwargs: dict[str, Any]) -> None:
-        """Have the workers answer for every experience, then keep their answers for the loop."""
-        asked: list[tuple[CLExperience, Any]] = []
-        for self.experience in experiences:
-            self.eval_dataset_adaptation(**kwargs)
-            asked.append((self.experience, self.adapted_dataset))
-        self.experience = None
-        self.adapted_dataset = None
-        with terminable():
-            self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))

@@ -52,6 +52,13 @@ def test_every_test_that_the_comparison_names_exists() -> None:
     assert named <= defined
 
 
+def test_every_test_that_the_table_of_faults_names_exists() -> None:
+    named = re.findall(r"`((?:\w+/)+test_\w+\.py)(?:::(test_\w+))?`", README)
+    assert len(named) > 15
+    for path, name in named:
+        assert name == "" or f"\ndef {name}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), (path, name)
+
+
 @pytest.mark.parametrize("readme", ["README.md", "distributed_eg/README.md", "cluster/README.md"])
 def test_links_lead_somewhere(readme: str) -> None:
     path = REPOSITORY / readme

@@ -336,3 +336,31 @@ def test_a_stage_on_a_worker_that_left_too_early_runs_again_at_no_cost() -> None
     assert story.now == {0: FEATURES}
     story.finish_all()
     assert not story.failures
+
+
+@pytest.mark.parametrize("cause", [Cause.OUT_OF_MEMORY, Cause.STORAGE])
+def test_a_node_that_had_no_memory_or_no_disk_is_not_tried_again_where_there_is_another(cause: Cause) -> None:
+    story = Story(1)
+    story.join("w0", "small")
+    story.join("w1", "large")
+    story.fail(0, cause=cause)
+    assert story.running[0].worker == "w1"
+    story.lose("w1", Cause.NODE_LOST)
+    assert story.running[0].worker == "w0"
+
+
+def test_a_worker_that_left_before_this_machine_began_may_be_reported_lost() -> None:
+    """It was leaving when the call before ended, so that this machine never heard of it."""
+    story = Story(1, workers=1)
+    story.lose("w7", Cause.NODE_LOST)
+    story.finish_all()
+    assert story.machine.is_committed(0)
+
+
+def test_an_expert_whose_recorded_parent_never_arrived_is_given_up() -> None:
+    """Resumed step by step: the parent failed again in the call before, and this machine knows nothing of it."""
+    story = Story(workers=1, has_statistics=True)
+    story.arrive(2, FEATURES, AUTOENCODER, RELATE, parent=1)
+    story.tell(StreamEnded())
+    assert "the expert of task 1, which failed or was left out" in story.failures[2].message
+    assert story.machine.done

@@ -297,6 +297,69 @@ def test_a_plugin_that_tells_its_state(stages: Any) -> None:
     require_resumed(stages, lambda: {"plugins": [StatefulAverager()]}, (2, 3))
 
 
+class Ema(nn.Module):
+    """An average of the weights whose rate depends on a number that its state dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.updates = 0
+
+
+class HoldsModule(SupervisedPlugin):
+    """Keeps an average, and trains by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ema = Ema()
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Change gradients by the average."""
+        self.ema.updates += 1
+        self.ema.average += (strategy.loss.detach().squeeze() - self.ema.average) / self.ema.updates
+        for parameter in strategy.model.parameters():
+            parameter.grad *= 1 + self.ema.average
+
+
+class IsModule(SupervisedPlugin, nn.Module):
+    """A plugin that is a module, with a number beside its tensors."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("total", torch.zeros(()))
+        self.count = 0
+
+    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Change gradients by both."""
+        self.count += 1
+        self.total += strategy.loss.detach().squeeze()
+        for parameter in strategy.model.parameters():
+            parameter.grad *= 1 + self.total / self.count
+
+
+@pytest.mark.parametrize("plugin", [HoldsModule, IsModule])
+def test_modules_of_plugins_with_numbers_that_their_state_leaves_out(stages: Any, plugin: Any) -> None:
+    require_resumed(stages, lambda: {"plugins": [plugin()]}, (2, 3))
+
+
+class Unwilling(SupervisedPlugin):
+    """Has the two methods, and does not want to."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raises."""
+        raise NotImplementedError("not yet")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Never called."""
+
+
+def test_a_state_that_cannot_be_asked_for_stops_no_training(stages: Any, caplog: Any) -> None:
+    stage = stages(plugins=[Unwilling()])
+    stage.trained()
+    assert "NotImplementedError: not yet" in caplog.text
+    assert not stage.record.exists()
+
+
 class Counting(ExpertGateStrategy):
     """A loop of its own, which counts, freezes layers half-way and lets gradients stand over the end of an epoch."""
 

@@ -22,12 +22,12 @@ from avalanche.benchmarks.utils import DataAttribute, as_classification_dataset
 from avalanche.training.plugins import EarlyStoppingPlugin, LRSchedulerPlugin
 from PIL import Image
 from torch import nn
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import SequentialLR, StepLR
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import MNIST, ImageFolder
 
-from distributed_eg import ExpertGate
+from distributed_eg import ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.resuming import differences
 from distributed_eg.strategy import identity as module
@@ -482,6 +482,53 @@ def smooth(value: float) -> Any:
 def test_each_setting_gives_its_one_line(before: dict[str, Any], after: dict[str, Any], line: str) -> None:
     assert lines(strategy(**before), strategy(**before)) == []
     assert lines(strategy(**before), strategy(**after)) == [line]
+
+
+class Tuned(ExpertGateStrategy):
+    """A subclass with a setting of its own."""
+
+    def __init__(self, *, alpha: float, **others: Any) -> None:
+        super().__init__(**others)
+        self.alpha = alpha
+
+
+def test_a_setting_of_a_subclass_counts() -> None:
+    before, after = (strategy(cls=partial(Tuned, alpha=alpha)) for alpha in (0.2, 0.9))
+    assert lines(before, after) == ["strategy.alpha: the run has 0.2, now 0.9"]
+
+
+def test_which_parameters_a_group_holds_counts() -> None:
+    """As many of other layers."""
+
+    def over(layer: str) -> Any:
+        model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
+        return tiny_strategy(model=model, optimizer=torch.optim.SGD(model.expert.get_submodule(layer).parameters()))
+
+    [line] = lines(over("head"), over("features.0"))
+    assert line.startswith("optimizer.groups.0.params: the run has ")
+
+
+def test_what_a_scheduler_keeps_to_itself_and_dataclasses_count() -> None:
+    def scheduled(milestone: int) -> Any:
+        model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
+        optimizer = torch.optim.SGD(model.expert.parameters(), lr=0.1)
+        parts = [StepLR(optimizer, 1), StepLR(optimizer, 2)]
+        plugin = LRSchedulerPlugin(SequentialLR(optimizer, parts, [milestone]))
+        plugin.kept = Kept(milestone)  # type: ignore[attr-defined]
+        return tiny_strategy(model=model, optimizer=optimizer, plugins=[plugin])
+
+    assert lines(scheduled(1), scheduled(1)) == []
+    assert lines(scheduled(1), scheduled(3)) == [
+        "plugins.0.kept.value: the run has 1, now 3",
+        "plugins.0.scheduler._milestones.0: the run has 1, now 3",
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A value in a dataclass without a ``__dict__``."""
+
+    value: int
 
 
 def test_a_setting_of_every_group_gives_a_line_each() -> None:

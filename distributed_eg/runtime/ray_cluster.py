@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 from ray._private.state import state as _state
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError
 
 from distributed_eg.config import ClusterConfig
 from distributed_eg.errors import ResourceError
@@ -60,7 +61,7 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
         try:
             with keeping_sigterm():
                 ray.init(address=address, namespace=NAMESPACE, logging_level=logging.WARNING)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, AuthenticationError) as error:
             raise ResourceError(
                 f"No Ray cluster answers at {address!r}: {error} Where it asks for a token, set RAY_AUTH_MODE=token "
                 "and give it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)."
@@ -69,16 +70,18 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
         return True
     wanted = 1 if config.num_workers == "auto" else config.num_workers
     # Ray asks for a token on a cluster that it starts itself, unless RAY_AUTH_MODE says otherwise.
-    with keeping_sigterm():
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(wanted * cpus_per_worker)),
-            include_dashboard=False,
-            namespace=NAMESPACE,
-            logging_level=logging.WARNING,
-        )
+    try:
+        with keeping_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(wanted * cpus_per_worker)),
+                include_dashboard=False,
+                namespace=NAMESPACE,
+                logging_level=logging.WARNING,
+            )
+    finally:
+        _hide_token()
     _warn_if_open("RAY_AUTH_MODE makes this")
-    _hide_token()
     return True
 
 

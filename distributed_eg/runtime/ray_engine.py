@@ -291,7 +291,7 @@ class RayEngine:
         return reports
 
     def _refuse_infeasible(self, there: list[Node]) -> None:
-        if any(node.room_for(self._cpus, self._gpus) for node in there):
+        if any(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving):
             return
         offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
         raise ResourceError(
@@ -306,10 +306,9 @@ class RayEngine:
             self._without_worker_since = self._said_at = now
             return
         waited_s = now - self._without_worker_since
-        why = (
-            f"each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, and the cluster has {ray.available_resources()} "
-            "free"
-        )
+        free, there = ray.available_resources(), ray.cluster_resources()
+        offers = " and ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        why = f"each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, and {offers} are free, or a start takes them"
         if waited_s > self._config.startup_timeout_s:
             raise ResourceError(
                 f"No worker came up within {waited_s:.0f} s: {why}. Wait for other jobs, lower the demand, or raise "

@@ -237,8 +237,8 @@ class _Points:
         if fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif fault.action == "hang":
-            released = self._folder / f"released-{index}"
-            wait_for(lambda: released.exists() or not self._folder.exists(), 600, "release")
+            released, plan = self._folder / f"released-{index}", self._folder / "plan.json"
+            wait_for(lambda: released.exists() or not plan.exists(), 600, "release")
         elif fault.action == "delay":
             threading.Event().wait(fault.seconds)
         elif fault.action == "memory":

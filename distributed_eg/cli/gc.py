@@ -27,13 +27,13 @@ class GcOptions:
 
 def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Remove the files of a run directory that no record names."""
-    from distributed_eg.store import layout, verifying
-    from distributed_eg.store.sealing import Storage
+    from distributed_eg.store import layout, verification
+    from distributed_eg.store.storage import Storage
 
     storage = Storage(options.run)
     if not storage.exists(layout.RUN):
         raise InputError(f"There is no run at {options.run!r}: it has no {layout.RUN!r}.")
-    sizes = verifying.collect(storage, dry_run=options.dry_run)
+    sizes = verification.collect(storage, dry_run=options.dry_run)
     out = sys.stderr if options.json else sys.stdout
     for path, size in sizes.items():
         print(f"{path}: {size:,} bytes", file=out)

@@ -10,12 +10,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
+from distributed_eg.cli.outcome import RunOutcome, outcome_of
 from distributed_eg.config import ClusterConfig, Engine
 from distributed_eg.errors import InputError
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
-
-_NEAR_TIE = 0.001
-_QUANTITIES = {"gate": "Gate_Acc", "expert": "Expert_Acc", "end_to_end": "EndToEnd_Acc"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,41 +76,6 @@ class RunOptions:
 
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
-
-
-@dataclass(frozen=True)
-class TaskOutcome:
-    """One task's line of the report; accuracies between 0 and 1."""
-
-    task: int
-    label: int
-    name: str
-    domain: str
-    parent: int | None
-    transfer: str
-    relatedness: float | None
-    near_tie: int | None
-    """Another candidate within 0.001 of the parent's relatedness, which other seeds or images could choose."""
-    gate_accuracy: float
-    expert_accuracy: float
-    end_to_end_accuracy: float
-    autoencoder_sha256: str
-    expert_sha256: str
-    train_s: float
-    worker: str | None
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """What ``--json`` prints; accuracies are means over the tasks."""
-
-    gate_accuracy: float
-    expert_accuracy: float
-    end_to_end_accuracy: float
-    train_s: float
-    eval_s: float
-    run_dir: str
-    tasks: list[TaskOutcome]
 
 
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
@@ -193,42 +156,7 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunO
         with display.evaluating():
             metrics = strategy.eval(benchmark.scenario.test_stream)
         evaluated = time.perf_counter()
-        return _outcome(strategy, metrics, benchmark, trained - started, evaluated - trained)
-
-
-def _outcome(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: float, eval_s: float) -> RunOutcome:
-    relatedness = strategy.relatedness.to_pylist()
-    chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
-    ties = {
-        row["task"]: row["candidate"]
-        for row in relatedness
-        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < _NEAR_TIE
-    }
-    tasks = []
-    for row in strategy.registry.to_pylist():
-        task, label = row["task"], row["label"]
-        tail = f"_Exp/eval_phase/test_stream/Task{label:03d}/Exp{task:03d}"
-        accuracies = {f"{name}_accuracy": metrics[quantity + tail] for name, quantity in _QUANTITIES.items()}
-        kept = {name: row[name] for name in ("parent", "transfer", "train_s", "worker")}
-        sums = {name: row[name] for name in ("autoencoder_sha256", "expert_sha256")}
-        tasks.append(
-            TaskOutcome(
-                task=task,
-                label=label,
-                name=benchmark.task_names[task],
-                domain=benchmark.domains[task],
-                relatedness=chosen.get(task),
-                near_tie=ties.get(task),
-                **kept,
-                **sums,
-                **accuracies,
-            )
-        )
-    means = {
-        f"{name}_accuracy": sum(getattr(task, f"{name}_accuracy") for task in tasks) / len(tasks)
-        for name in _QUANTITIES
-    }
-    return RunOutcome(**means, train_s=train_s, eval_s=eval_s, run_dir=strategy.run_dir or "", tasks=tasks)
+        return outcome_of(strategy, metrics, benchmark, trained - started, evaluated - trained)
 
 
 def _silent_evaluator(plugin: Any) -> Any:

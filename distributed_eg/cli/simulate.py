@@ -14,7 +14,7 @@ import tyro
 from distributed_eg.errors import InputError
 
 if TYPE_CHECKING:
-    from distributed_eg.schedule.simulate import Finding, Totals
+    from distributed_eg.schedule.simulation.runs import Finding, Totals
 
 _PROGRESS_EVERY = 100_000
 
@@ -44,7 +44,7 @@ def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> 
     out = sys.stderr if options.json else sys.stdout
     started = time.perf_counter()
     if options.replay is None:
-        from distributed_eg.schedule.simulate import run_many
+        from distributed_eg.schedule.simulation.runs import run_many
 
         def tell(totals: Totals) -> None:
             if totals.num_schedules % _PROGRESS_EVERY == 0:
@@ -65,7 +65,7 @@ def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> 
 
 
 def _replay(seed: int, out: TextIO) -> Totals:
-    from distributed_eg.schedule import simulate as schedules
+    from distributed_eg.schedule.simulation import runs as schedules
 
     totals = schedules.Totals(broken=schedules.replay(seed))
     if totals.broken is None:
@@ -90,5 +90,5 @@ def _tell(totals: Totals, seconds: float, out: TextIO) -> None:
 def _finding(broken: Finding) -> str:
     return (
         f"1, by seed {broken.seed}. The shortest schedule that breaks it, for "
-        f"distributed_eg.schedule.simulate.simulate(choices=…): {list(broken.choices)}\n{broken.message}"
+        f"distributed_eg.schedule.simulation.runs.simulate(choices=…): {list(broken.choices)}\n{broken.message}"
     )

@@ -24,13 +24,13 @@ class VerifyOptions:
 
 def verify(options: Annotated[VerifyOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Check every file of a run directory against the hash in its record; exit code 1 where one is damaged."""
-    from distributed_eg.store import layout, verifying
-    from distributed_eg.store.sealing import Storage
+    from distributed_eg.store import layout, verification
+    from distributed_eg.store.storage import Storage
 
     storage = Storage(options.run)
     if not storage.exists(layout.RUN) and not storage.list(layout.TASKS):
         raise InputError(f"There is no run at {options.run!r}: it has neither {layout.RUN!r} nor any task.")
-    result = verifying.verify(storage)
+    result = verification.verify(storage)
     out = sys.stderr if options.json else sys.stdout
     for damage in result.damages:
         print(f"{damage.path}: {damage.problem}", file=out)

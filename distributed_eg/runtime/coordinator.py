@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Protocol, TypeAlias
 
 from distributed_eg.errors import RunInUseError, StorageError
-from distributed_eg.runtime.registry import Registry
 from distributed_eg.store import records
 from distributed_eg.store.lease import superseded
 from distributed_eg.store.records import (
@@ -20,7 +19,8 @@ from distributed_eg.store.records import (
     TaskManifest,
     TaskRecord,
 )
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import export_tables
 from distributed_eg.types import TaskId
 
@@ -49,7 +49,7 @@ class CoordinatorApi(Protocol):
 
 
 class Coordinator:
-    """The coordinator as a plain class; ``ray_engine`` makes it an actor.
+    """The coordinator as a plain class; ``ray_backend`` makes it an actor.
 
     Args:
         storage_uri: the run directory.

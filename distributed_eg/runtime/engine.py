@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from distributed_eg.runtime.coordinator import CoordinatorApi
-from distributed_eg.runtime.requests import Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
 

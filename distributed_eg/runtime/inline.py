@@ -9,9 +9,9 @@ import torch
 
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
-from distributed_eg.runtime.requests import Request, WorkerSetup
+from distributed_eg.runtime.messages import Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.runtime.worker import TaskWorker
+from distributed_eg.runtime.worker.worker import TaskWorker
 from distributed_eg.schedule.events import WorkerJoined
 
 _WORKER = "inline"

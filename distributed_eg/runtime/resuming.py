@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from distributed_eg.errors import DamagedFileError, ResumeError
-from distributed_eg.runtime.registry import Registry
 from distributed_eg.schedule.events import Stage
 from distributed_eg.store.records import TaskRecord
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 
 from distributed_eg.errors import ExpertGateError, TaskFailedError, WorkerLostError
+from distributed_eg.runtime.dispatcher import Observer, OnCommit, Training
 from distributed_eg.runtime.engine import Ended, Engine, Lost
-from distributed_eg.runtime.registry import Registry
-from distributed_eg.runtime.requests import (
+from distributed_eg.runtime.messages import (
     EvaluateRequest,
     EvaluateResult,
     Raised,
@@ -22,12 +22,12 @@ from distributed_eg.runtime.requests import (
 )
 from distributed_eg.runtime.resuming import is_whole
 from distributed_eg.runtime.shipping import Shipped
-from distributed_eg.runtime.training import Observer, OnCommit, Training
 from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
 from distributed_eg.schedule.machine import Machine
 from distributed_eg.schedule.retry import Decision, decide
 from distributed_eg.store.records import StatisticsRecord
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Storage
 from distributed_eg.types import OnTaskFailure
 
 logger = logging.getLogger(__name__)

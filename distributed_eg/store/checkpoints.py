@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import TaskId
 

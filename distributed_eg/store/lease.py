@@ -16,7 +16,7 @@ import psutil
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Storage, record_bytes
+from distributed_eg.store.storage import Storage, record_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from distributed_eg.errors import DamagedFileError
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import Artifact, Storage, artifact_of
+from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.types import AutoencoderKind, RelatednessRow, TaskId, Transfer, TransferChoice
 
 

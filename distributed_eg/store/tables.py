@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from distributed_eg.store import layout
 from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.types import TaskId
 
 REGISTRY_SCHEMA = pa.schema(

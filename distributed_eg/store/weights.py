@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from distributed_eg.errors import StorageError
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage
 
 _HASH_DIGITS = 16
 

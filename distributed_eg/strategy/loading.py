@@ -9,13 +9,13 @@ from torch import nn
 
 from distributed_eg.config import AutoencoderConfig, MethodConfig
 from distributed_eg.errors import BackboneError, StorageError
-from distributed_eg.runtime.registry import Registry
 from distributed_eg.store import layout
-from distributed_eg.store.reading import ExpertReader
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.strategy.trained import TrainedRun
+from distributed_eg.strategy.predictor import TrainedRun
 
 
 def load_model(

@@ -14,7 +14,7 @@ from distributed_eg.method.backbone import Backbone, build_network, last_feature
 from distributed_eg.method.expert import find_head, freeze_norm, scatter_logits
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, Routing, combine_experts
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.strategy.trained import TrainedRun, from_tensors, take_tensors
+from distributed_eg.strategy.predictor import TrainedRun, from_tensors, take_tensors
 from distributed_eg.types import AutoencoderKind
 
 _DEFAULT_LAYER = "features"

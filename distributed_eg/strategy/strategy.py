@@ -22,24 +22,24 @@ from torch.utils.data import Dataset
 
 from distributed_eg.config import AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.opening import OpenRun
-from distributed_eg.runtime.stopping import terminable
-from distributed_eg.runtime.training import Observer
+from distributed_eg.runtime.dispatcher import Observer
+from distributed_eg.runtime.run import OpenRun
+from distributed_eg.runtime.signals import terminable
 from distributed_eg.schedule.events import WorkerJoined
-from distributed_eg.store.reading import Reference
+from distributed_eg.store.experts import Reference
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.strategy import checks
-from distributed_eg.strategy.checkpointing import Checkpointing
-from distributed_eg.strategy.evaluation import Answers, adapt, ask_workers
-from distributed_eg.strategy.identity import DataIdentities, plain_values, settings_identity
-from distributed_eg.strategy.intake import Intake, Streams, check_experiences, evaluation_parts
-from distributed_eg.strategy.lifecycle import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
+from distributed_eg.strategy.answers import Answers, adapt, ask_workers
+from distributed_eg.strategy.driver import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
 from distributed_eg.strategy.metrics import RoutedBatch
 from distributed_eg.strategy.model import ExpertGate, SingleExpert
-from distributed_eg.strategy.recording import KEPT, replay
 from distributed_eg.strategy.reporting import GateReporter
-from distributed_eg.strategy.training import StrategyTrainer, group_by_stream
-from distributed_eg.strategy.travelling import pack, pack_metrics
+from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
+from distributed_eg.strategy.tasks.settings_identity import DataIdentities, plain_values, settings_identity
+from distributed_eg.strategy.training.checkpoint import Checkpointing
+from distributed_eg.strategy.training.packing import pack, pack_metrics
+from distributed_eg.strategy.training.recording import KEPT, replay
+from distributed_eg.strategy.training.trainer import StrategyTrainer, group_by_stream
 from distributed_eg.types import OnRepeat
 
 _DRIVER_ONLY = frozenset(

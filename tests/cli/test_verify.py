@@ -11,7 +11,7 @@ import pytest
 from distributed_eg import ClusterConfig
 from distributed_eg.cli import main
 from distributed_eg.store.lease import Lease
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from tests.helpers import tiny_benchmark, tiny_strategy
 
 

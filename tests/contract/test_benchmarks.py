@@ -48,7 +48,7 @@ from torchvision.transforms import ToTensor
 
 from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.training import Progress
+from distributed_eg.runtime.dispatcher import Progress
 from distributed_eg.schedule.events import Stage
 from tests.helpers import INLINE, hashes, task_images, tiny_benchmark, tiny_strategy
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import InputError
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import INLINE, SEED_METHODS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
 

@@ -134,7 +134,7 @@ def runtime_env(folder: Path) -> dict[str, Any]:
 
 def install() -> None:
     """Have this process look into the plan in ``$DISTRIBUTED_EG_CHAOS`` at every point; for its whole life."""
-    from distributed_eg.store.sealing import Storage
+    from distributed_eg.store.storage import Storage
 
     if not hasattr(Storage, "chaos"):
         Storage.chaos = _Points(Path(os.environ[FOLDER]))  # type: ignore[attr-defined]
@@ -192,12 +192,12 @@ class _Points:
 
     def wrap(self) -> None:
         """Wrap what writes and reads; stages and training once they are imported, for they import torch."""
-        from distributed_eg.store import sealing
-        from distributed_eg.store.sealing import Storage
+        from distributed_eg.store import storage
+        from distributed_eg.store.storage import Storage
 
         self._around(Storage, "write", self._write)
         self._around(Storage, "create", self._write)
-        self._around(sealing, "_temporary", self._temporary)
+        self._around(storage, "_temporary", self._temporary)
         self._around(Storage, "read", self._read)
         self._around(Storage, "__init__", self._open)
 
@@ -284,16 +284,16 @@ class _Points:
     def _open(self, init: Callable[..., Any], storage: Any, uri: str) -> None:
         init(storage, uri)
         # A worker opens its storage before it runs anything; by then its stages are imported.
-        if "distributed_eg.runtime.worker" in sys.modules:
-            from distributed_eg.runtime import stages
-            from distributed_eg.runtime.worker import TaskWorker
+        if "distributed_eg.runtime.worker.worker" in sys.modules:
+            from distributed_eg.runtime.worker import stages
+            from distributed_eg.runtime.worker.worker import TaskWorker
 
             self._around(TaskWorker, "run", self._run)
             self._around(stages, "stack_autoencoders", self._stack)
             self._around(stages, "combine_experts", self._evaluate)
 
     def _run(self, run: Callable[..., Any], worker: Any, request: Any) -> Any:
-        from distributed_eg.strategy.training import _ExpertRules
+        from distributed_eg.strategy.training.trainer import _ExpertRules
 
         self._around(_ExpertRules, "before_update", self._iterate)
         stage = type(request).__name__.removesuffix("Request").lower()

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from distributed_eg.store import layout
-from distributed_eg.store.sealing import TEMPORARY, Storage
-from distributed_eg.store.verifying import unnamed, verify
+from distributed_eg.store.storage import TEMPORARY, Storage
+from distributed_eg.store.verification import unnamed, verify
 from tests.faults.chaos import wait_for
 
 WORKER = "ray::TaskWorkerActor"

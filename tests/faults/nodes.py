@@ -43,17 +43,17 @@ from ray.core.generated import autoscaler_pb2
 
 from distributed_eg import ClusterConfig, ExpertGateStrategy
 from distributed_eg.errors import ResourceError
-from distributed_eg.runtime import ray_engine
-from distributed_eg.runtime.ray_cluster import NAMESPACE
-from distributed_eg.runtime.training import Progress
-from distributed_eg.store.sealing import TEMPORARY
+from distributed_eg.runtime.dispatcher import Progress
+from distributed_eg.runtime.ray_backend import engine
+from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
+from distributed_eg.store.storage import TEMPORARY
 from tests import helpers
 from tests.faults import chaos as kit
 from tests.faults.chaos import Chaos, Fault, reports, wait_for
 
 cloudpickle.register_pickle_by_value(helpers)
-ray_engine._WATCH_EVERY_S = 0.5
-ray_engine._SAY_EVERY_S = 0.2
+engine._WATCH_EVERY_S = 0.5
+engine._SAY_EVERY_S = 0.2
 
 DEADLINE_S = 60.0
 WHERE: dict[str, Any] = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
@@ -124,7 +124,7 @@ class Run:
 
         benchmark = helpers.tiny_benchmark(helpers.DOMAINS)
         started = time.monotonic()
-        with self.strategy, listening(self.said), reports(ray_engine.RayEngine, step):
+        with self.strategy, listening(self.said), reports(engine.RayEngine, step):
             try:
                 self.strategy.train(benchmark.train_stream)
             except ResourceError as error:

@@ -89,7 +89,7 @@ def own(run: str) -> dict[str, Any]:
 
 def attach(address: str) -> dict[str, Any]:
     """Attach to the cluster at ``address`` as the engine does."""
-    from distributed_eg.runtime.ray_cluster import attach_or_start
+    from distributed_eg.runtime.ray_backend.cluster import attach_or_start
 
     records, error, started = Records(), "", time.monotonic()
     try:

@@ -24,7 +24,7 @@ import cloudpickle
 from avalanche.core import SupervisedPlugin
 
 from distributed_eg import ClusterConfig
-from distributed_eg.runtime.training import Progress
+from distributed_eg.runtime.dispatcher import Progress
 from tests import helpers
 
 NUM_DOMAINS = 4

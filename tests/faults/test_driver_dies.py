@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distributed_eg.store.sealing import TEMPORARY, Storage
-from distributed_eg.store.verifying import unnamed, verify
+from distributed_eg.store.storage import TEMPORARY, Storage
+from distributed_eg.store.verification import unnamed, verify
 from tests.faults import drivers
 from tests.faults.chaos import Chaos, Fault
 from tests.faults.conftest import content, train

@@ -15,8 +15,8 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import DamagedFileError, DivergedError, ResumeError, StorageError
-from distributed_eg.store.sealing import Storage
-from distributed_eg.store.verifying import verify
+from distributed_eg.store.storage import Storage
+from distributed_eg.store.verification import verify
 from tests.faults.chaos import HARMS, Chaos, Fault
 from tests.faults.conftest import content, train
 from tests.helpers import SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy

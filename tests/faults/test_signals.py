@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distributed_eg.store.sealing import TEMPORARY
+from distributed_eg.store.storage import TEMPORARY
 from tests.faults.chaos import Chaos, Fault
 from tests.helpers import DOMAINS, INLINE, SETTINGS, hashes, tiny_benchmark, tiny_strategy
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distributed_eg.errors import StorageError
-from distributed_eg.store.sealing import TEMPORARY, Storage
-from distributed_eg.store.verifying import verify
+from distributed_eg.store.storage import TEMPORARY, Storage
+from distributed_eg.store.verification import verify
 from tests.faults.chaos import Chaos, Fault
 from tests.faults.conftest import content, train
 

@@ -10,9 +10,9 @@ import pytest
 
 from distributed_eg import ClusterConfig
 from distributed_eg.errors import TaskFailedError
+from distributed_eg.runtime.dispatcher import Progress
 from distributed_eg.runtime.engine import Ended
-from distributed_eg.runtime.ray_engine import RayEngine
-from distributed_eg.runtime.training import Progress
+from distributed_eg.runtime.ray_backend.engine import RayEngine
 from tests.faults.chaos import Chaos, Fault, reports
 from tests.faults.conftest import train_and_evaluate
 from tests.helpers import SETTINGS, tiny_benchmark, tiny_strategy

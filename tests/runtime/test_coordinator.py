@@ -10,7 +10,6 @@ import pytest
 
 from distributed_eg.errors import RunInUseError, StorageError
 from distributed_eg.runtime.coordinator import Coordinator, Record
-from distributed_eg.runtime.registry import Registry
 from distributed_eg.store import layout
 from distributed_eg.store.lease import Lease
 from distributed_eg.store.records import (
@@ -21,7 +20,8 @@ from distributed_eg.store.records import (
     TaskManifest,
     TaskRecord,
 )
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import RelatednessRow, TransferChoice
 
 

@@ -23,7 +23,7 @@ from distributed_eg.store.checkpoints import (
     delete_checkpoint,
     encode,
 )
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 
 FOLDER = "tasks/00003"
 

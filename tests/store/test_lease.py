@@ -22,14 +22,14 @@ import pytest
 from distributed_eg.errors import RunInUseError, StorageError
 from distributed_eg.store import lease as module
 from distributed_eg.store.lease import LEASE_S, Holder, Lease, LeaseRecord, holder_of, superseded
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = """
 import sys
 from distributed_eg.errors import RunInUseError
 from distributed_eg.store.lease import Lease
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 print("ready", flush=True)
 for line in sys.stdin:
     try:

@@ -20,7 +20,7 @@ from distributed_eg.store.records import (
     StatisticsRecord,
     TaskManifest,
 )
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import RelatednessRow, TransferChoice
 
 

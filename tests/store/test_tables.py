@@ -11,7 +11,7 @@ import pytest
 
 from distributed_eg.store import layout
 from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest
-from distributed_eg.store.sealing import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import (
     REGISTRY_SCHEMA,
     RELATEDNESS_SCHEMA,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distributed_eg.errors import StorageError
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 
 

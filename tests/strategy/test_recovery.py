@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from distributed_eg import ClusterConfig, gate_metrics
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.requests import AutoencoderRequest, Done, FeaturesRequest, TaskInput
-from distributed_eg.strategy.experiences import parts_of, task_data
+from distributed_eg.runtime.messages import AutoencoderRequest, Done, FeaturesRequest, TaskInput
+from distributed_eg.strategy.tasks.experiences import parts_of, task_data
 from tests.helpers import SHAPE, hashes, tiny_benchmark, tiny_strategy
 
 

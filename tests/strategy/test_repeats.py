@@ -12,7 +12,7 @@ from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from torch.utils.data import TensorDataset
 
 from distributed_eg import ExpertGate, ExpertGateStrategy
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import SHAPE, hashes, task_images, tiny_net, tiny_strategy
 

@@ -19,7 +19,7 @@ from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import HookError
-from distributed_eg.store.sealing import Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
 

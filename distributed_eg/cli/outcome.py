@@ -1,0 +1,80 @@
+"""What a run came to: one value that is printed as JSON and drawn as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+_NEAR_TIE = 0.001
+_QUANTITIES = {"gate": "Gate_Acc", "expert": "Expert_Acc", "end_to_end": "EndToEnd_Acc"}
+
+
+@dataclass(frozen=True)
+class TaskOutcome:
+    """One task's line of the report; accuracies between 0 and 1."""
+
+    task: int
+    label: int
+    name: str
+    domain: str
+    parent: int | None
+    transfer: str
+    relatedness: float | None
+    near_tie: int | None
+    """Another candidate within 0.001 of the parent's relatedness, which other seeds or images could choose."""
+    gate_accuracy: float
+    expert_accuracy: float
+    end_to_end_accuracy: float
+    autoencoder_sha256: str
+    expert_sha256: str
+    train_s: float
+    worker: str | None
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What ``--json`` prints; accuracies are means over the tasks."""
+
+    gate_accuracy: float
+    expert_accuracy: float
+    end_to_end_accuracy: float
+    train_s: float
+    eval_s: float
+    run_dir: str
+    tasks: list[TaskOutcome]
+
+
+def outcome_of(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: float, eval_s: float) -> RunOutcome:
+    """What a trained and evaluated strategy came to, from its tables and metrics."""
+    relatedness = strategy.relatedness.to_pylist()
+    chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
+    ties = {
+        row["task"]: row["candidate"]
+        for row in relatedness
+        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < _NEAR_TIE
+    }
+    tasks = []
+    for row in strategy.registry.to_pylist():
+        task, label = row["task"], row["label"]
+        tail = f"_Exp/eval_phase/test_stream/Task{label:03d}/Exp{task:03d}"
+        accuracies = {f"{name}_accuracy": metrics[quantity + tail] for name, quantity in _QUANTITIES.items()}
+        kept = {name: row[name] for name in ("parent", "transfer", "train_s", "worker")}
+        sums = {name: row[name] for name in ("autoencoder_sha256", "expert_sha256")}
+        tasks.append(
+            TaskOutcome(
+                task=task,
+                label=label,
+                name=benchmark.task_names[task],
+                domain=benchmark.domains[task],
+                relatedness=chosen.get(task),
+                near_tie=ties.get(task),
+                **kept,
+                **sums,
+                **accuracies,
+            )
+        )
+    means = {
+        f"{name}_accuracy": sum(getattr(task, f"{name}_accuracy") for task in tasks) / len(tasks)
+        for name in _QUANTITIES
+    }
+    return RunOutcome(**means, train_s=train_s, eval_s=eval_s, run_dir=strategy.run_dir or "", tasks=tasks)

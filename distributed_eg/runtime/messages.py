@@ -1,0 +1,284 @@
+"""What crosses the border between driver and worker: frozen values, ids and references; never a live network."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from distributed_eg.config import MethodConfig
+from distributed_eg.errors import ExpertGateError
+from distributed_eg.runtime.shipping import Shipped
+from distributed_eg.schedule.events import Cause
+from distributed_eg.store.checkpoints import CheckpointSlot
+from distributed_eg.store.experts import ExpertRef, GateRef
+from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
+from distributed_eg.store.storage import Artifact
+from distributed_eg.types import TaskId, TransferChoice
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker is made from.
+
+    ``root`` ships the root network, ``feature_layer`` and ``shape`` cut the backbone off it. ``run_id`` and
+    ``generation``, the driver's number in the run's lease, name this driver's scratch folder on each node.
+    """
+
+    storage_uri: str
+    run_id: str
+    generation: int
+    scratch: str | None
+    root: Shipped
+    feature_layer: str
+    shape: tuple[int, int, int]
+    method: MethodConfig
+    threads: int
+    max_resident_experts: int
+    device: str | None
+    """None: the GPU that the worker was given, else the CPU."""
+    checkpoint_every_s: float = 60.0
+
+    @property
+    def scratch_folder(self) -> Path:
+        """This driver's folder for features, on whichever node it is asked for."""
+        return self.scratch_of_run / f"{self.generation:05d}"
+
+    @property
+    def scratch_of_run(self) -> Path:
+        """The folder that holds those of all the run's drivers."""
+        return Path(self.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.run_id}"
+
+
+@dataclass(frozen=True)
+class ExperienceInfo:
+    """The plain attributes of an experience that the worker rebuilds it from."""
+
+    index: int
+    stream: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """``task_label``, ``task_labels``, ``classes_in_this_experience`` and their like, where the experience has them."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's datasets, as they are shipped.
+
+    ``gate_train`` and ``gate_valid`` have evaluation transforms, for the autoencoder; ``train`` is the same training
+    part as the expert sees it; ``evaluations`` are what the expert is measured on while it trains.
+    """
+
+    gate_train: Any
+    gate_valid: Any
+    train: Any
+    evaluations: tuple[tuple[ExperienceInfo, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskInput:
+    """One task of a stream, ready to be worked on.
+
+    ``classes`` are those of all its versions; ``versions`` their numbers, this one's last. ``continues`` is the version
+    that autoencoder and expert go on from, None where both start anew. ``key`` names its feature files: a number may
+    be used again after a failure, for other data. ``identity`` is what data and settings are recognised by, as JSON
+    values.
+    """
+
+    task: TaskId
+    label: int
+    classes: tuple[int, ...]
+    data: Shipped
+    experience: ExperienceInfo
+    key: str
+    versions: tuple[TaskId, ...]
+    continues: TaskId | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """What a trainer is given on the worker.
+
+    ``network`` is the expert to train, ``teacher`` the parent's network where it learns without forgetting.
+    ``is_stopping`` tells, between batches, whether the driver was told to stop. ``checkpoints`` is where its training
+    is kept every ``checkpoint_every_s``; None: nowhere.
+    """
+
+    task: TaskId
+    label: int
+    classes: tuple[int, ...]
+    network: nn.Module
+    teacher: nn.Module | None
+    data: TaskData
+    experience: ExperienceInfo
+    method: MethodConfig
+    device: torch.device
+    is_stopping: Callable[[], bool] = bool
+    checkpoints: CheckpointSlot | None = None
+    checkpoint_every_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """What a trainer gives back: the network, the mean distillation term (None without LwF) and its log."""
+
+    network: nn.Module
+    distillation: float | None
+    log: Any
+
+
+class ExpertTrainer(Protocol):
+    """Trains one task's expert on a worker; shipped once for all tasks of a call."""
+
+    def train(self, job: ExpertJob) -> TrainedExpert:
+        """Train ``job.network``; torch's seed and threads are set already."""
+
+
+@dataclass(frozen=True)
+class FeaturesRequest:
+    """Extract a task's features; on the run's first task, compute the statistics too."""
+
+    input: TaskInput
+    with_statistics: bool
+
+
+@dataclass(frozen=True)
+class ReferenceRequest:
+    """Statistics, and the root's autoencoder, from a reference dataset."""
+
+    data: Shipped
+
+
+@dataclass(frozen=True)
+class AutoencoderRequest:
+    """Fit a task's autoencoder; ``start`` is the earlier version's where it continues one."""
+
+    input: TaskInput
+    statistics: StatisticsRecord
+    start: AutoencoderRecord | None = None
+
+
+@dataclass(frozen=True)
+class RelateRequest:
+    """Relate a task to the candidates, None standing for the root."""
+
+    input: TaskInput
+    statistics: StatisticsRecord
+    own: Artifact
+    candidates: tuple[tuple[TaskId | None, Artifact], ...]
+
+
+@dataclass(frozen=True)
+class ExpertRequest:
+    """Train a task's expert; ``parent`` is None for the root."""
+
+    input: TaskInput
+    choice: TransferChoice
+    parent: ExpertRef | None
+    trainer: Shipped
+
+
+@dataclass(frozen=True)
+class GateAndExperts:
+    """Where everything is that routing and predicting need."""
+
+    gate: GateRef
+    experts: dict[TaskId, ExpertRef]
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Route and predict samples [first, last) of an evaluation dataset, ``batch_size`` at a time.
+
+    ``run`` ships a ``GateAndExperts``, the same for every request of a stream. ``right_tasks`` holds, for each of
+    these samples, the task that it belongs to, −1 where no expert knows it.
+    """
+
+    data: Shipped
+    first: int
+    last: int
+    batch_size: int
+    run: Shipped
+    right_tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DropRequest:
+    """Remove a task's features from the node."""
+
+    key: str
+
+
+Request: TypeAlias = (
+    FeaturesRequest
+    | ReferenceRequest
+    | AutoencoderRequest
+    | RelateRequest
+    | ExpertRequest
+    | EvaluateRequest
+    | DropRequest
+)
+
+
+@dataclass(frozen=True)
+class FeaturesResult:
+    """Counts of a task's features, and the statistics where they were asked for."""
+
+    num_train: int
+    num_valid: int
+    statistics: StatisticsRecord | None
+
+
+@dataclass(frozen=True)
+class ExpertResult:
+    """A sealed expert, and the log of its training."""
+
+    expert: Artifact
+    distillation: float | None
+    log: Any
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """Answers for consecutive samples, one row a sample.
+
+    ``log_probabilities`` (n, len(classes)) are over the dataset class ids ``classes``, those of all experts that
+    answered. ``expert_predictions`` are the class ids that the right task's expert predicts, −1 where there is none.
+    """
+
+    targets: np.ndarray
+    tasks: np.ndarray
+    confidences: np.ndarray
+    classes: np.ndarray
+    log_probabilities: np.ndarray
+    expert_predictions: np.ndarray
+
+
+Result: TypeAlias = (
+    FeaturesResult | StatisticsRecord | AutoencoderRecord | RelatednessRecord | ExpertResult | EvaluateResult | None
+)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A call ended well."""
+
+    result: Result
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Raised:
+    """A call raised. ``error`` is one of ours; a foreign one is told as text, for it may not cross a process border."""
+
+    error: ExpertGateError | None
+    message: str
+    traceback: str
+    seconds: float
+    cause: Cause = Cause.RAISED

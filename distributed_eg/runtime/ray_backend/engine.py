@@ -1,0 +1,319 @@
+"""The Ray engine: a pool of warm task worker actors, and the coordinator actor; what Ray says becomes our reports.
+
+The driver owns the workers: actors that a coordinator created would die with its process. Ray restarts no worker: one
+that is lost is replaced by a new one, wherever there is room then.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from distributed_eg.config import ClusterConfig
+from distributed_eg.errors import InputError, ResourceError, RunInUseError, WorkerLostError
+from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
+from distributed_eg.runtime.engine import Ended, Lost, Report
+from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
+from distributed_eg.runtime.ray_backend.actors import CONTROL, RemoteCoordinator, TaskWorkerActor, wait_until_gone
+from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, attach_or_start, nodes
+from distributed_eg.runtime.ray_backend.errors import classify
+from distributed_eg.runtime.shipping import Shipper
+from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+"""Ray looks at signals between waits only, and whoever presses Ctrl-C should not wait for long."""
+_WATCH_EVERY_S = 5.0
+_SAY_EVERY_S = 30.0
+_CLOSE_TIMEOUT_S = 1.0
+_NAME_TIMEOUT_S = 20.0
+_MAX_FAILED_STARTS = 20
+"""Workers that did not come up, one after the other, while none was there: the cluster is at fault then. What is lost
+while it works is bounded by the budgets of the stages that it worked on."""
+
+
+@dataclass
+class _Call:
+    number: int
+    since: float
+
+
+@dataclass
+class _Worker:
+    name: str
+    handle: Any
+    ready: Any
+    node: str | None = None
+    leaving: bool = False
+    calls: dict[Any, _Call] = field(default_factory=dict)
+
+
+class RayEngine:
+    """Worker actors and a coordinator actor on a Ray cluster.
+
+    Args:
+        config: where and how many.
+        storage_uri: the run directory.
+        run_id: names the coordinator inside the cluster.
+        generation: the driver's number in the run's lease.
+    """
+
+    def __init__(self, config: ClusterConfig, storage_uri: str, run_id: str, generation: int) -> None:
+        self._config = config
+        self._storage_uri = storage_uri
+        self._run_id = run_id
+        self._generation = generation
+        self._cpus = config.cpus_per_worker
+        self._gpus = 0.0
+        self.shipper = Shipper(self)
+        self.coordinator: CoordinatorApi
+        self._owns_ray = False
+        self._setup: WorkerSetup | None = None
+        self._num_tasks: int | None = None
+        self._pool: dict[str, _Worker] = {}
+        self._starting: dict[str, _Worker] = {}
+        self._coordinator: Any = None
+        self._num_named = 0
+        self._num_failed_starts = 0
+        self._watched_at = self._said_at = time.monotonic()
+        self._without_worker_since = time.monotonic()
+
+    def put(self, data: bytes) -> Any:
+        """Keep a leaf's bytes in the object store; a NumPy array is read there without a copy."""
+        return ray.put(np.frombuffer(data, dtype=np.uint8))
+
+    def start(self) -> None:
+        """Attach to the cluster or start Ray on this machine; start the coordinator."""
+        self._owns_ray = attach_or_start(self._config, self._cpus)
+        there = nodes()
+        if len({node.address for node in there}) > 1 and self._config.storage is None:
+            raise InputError(
+                f"The cluster has {len({node.address for node in there})} machines: give ClusterConfig(storage=…), a "
+                "folder or URI that all of them see."
+            )
+        # The same for every worker of a run, whatever nodes join later.
+        asked = self._config.gpus_per_worker
+        self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
+        self._refuse_infeasible(there)
+        self._coordinator = self._start_coordinator()
+        self.coordinator = RemoteCoordinator(self._coordinator)
+
+    def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
+        """Grow the pool to ``num_workers``, or to what the cluster holds, at most one a task."""
+        self._setup, self._num_tasks = setup, num_tasks
+        self._without_worker_since = time.monotonic()
+        self._grow(nodes())
+
+    def workers(self) -> list[WorkerJoined]:
+        """Workers that are ready, and stay."""
+        return [WorkerJoined(w.name, w.node or "") for w in self._pool.values() if not w.leaving]
+
+    def submit(self, call: int, worker: str, request: Request) -> None:
+        """Begin a call on a worker."""
+        state = self._pool[worker]
+        state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
+
+    def wait(self) -> list[Report]:
+        """Reports since the last call, lost workers first; waits a moment for the first."""
+        references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
+        references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
+        if not references:
+            raise WorkerLostError("No worker is left, and none is coming up; the run can be resumed.")
+        done, _ = ray.wait(list(references), num_returns=1, timeout=_POLL_S)
+        more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
+        reports: deque[Report] = deque()
+        for reference in dict.fromkeys([*done, *more]):
+            worker = references[reference]
+            if worker.name in self._starting:
+                reports.extend(self._started(worker))
+            elif worker.name in self._pool:
+                reports.append(self._ended(worker, reference))
+        reports.extend(self._end_overdue())
+        if time.monotonic() - self._watched_at > _WATCH_EVERY_S:
+            self._watched_at = time.monotonic()
+            reports.extend(self._watch(nodes()))
+        self._refuse_long_waits()
+        # Whoever is told of an ended call may give that worker another one at once.
+        return sorted(reports, key=lambda report: not isinstance(report, Lost))
+
+    def abandon_calls(self) -> None:
+        """End the workers that are busy; others take their places when there is work again."""
+        busy = [worker for worker in self._pool.values() if worker.calls]
+        self._stop(busy)
+        for worker in busy:
+            del self._pool[worker.name]
+
+    def close(self) -> None:
+        """End the actors and, where ``start`` began it, Ray."""
+        if not ray.is_initialized():  # Ray's own exit came first, and took the actors with it
+            return
+        self._stop([*self._pool.values(), *self._starting.values()])
+        if self._coordinator is not None:
+            ray.kill(self._coordinator)
+        self._pool.clear()
+        self._starting.clear()
+        self._coordinator = None
+        if self._owns_ray:
+            ray.shutdown()
+            self._owns_ray = False
+
+    def _stop(self, workers: list[_Worker]) -> None:
+        """Ask workers to end what they do, wait a moment, end them."""
+        stopped = [worker.handle.stop.remote() for worker in workers if worker.name in self._pool]
+        if stopped:
+            ray.wait(stopped, num_returns=len(stopped), timeout=_CLOSE_TIMEOUT_S)
+        for worker in workers:
+            ray.kill(worker.handle)
+        wait_until_gone([worker.handle for worker in workers if worker.name in self._pool], _CLOSE_TIMEOUT_S)
+
+    def _start_coordinator(self) -> Any:
+        """The named actor of this run; one that an ended driver left behind is gone in a moment.
+
+        Raises:
+            RunInUseError: another driver on this cluster holds it.
+        """
+        actor: Any = ray.remote(Coordinator)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        until = time.monotonic() + _NAME_TIMEOUT_S
+        while True:
+            try:
+                return actor.options(
+                    name=f"coordinator-{self._run_id}",
+                    namespace=NAMESPACE,
+                    num_cpus=0,
+                    max_restarts=-1,
+                    max_task_retries=-1,
+                    scheduling_strategy=here,
+                ).remote(self._storage_uri, self._generation)
+            except ValueError as error:  # what Ray raises where the name is taken
+                if time.monotonic() > until:
+                    raise RunInUseError(
+                        f"The run in {self._storage_uri!r} has a coordinator on this Ray cluster already, "
+                        f"coordinator-{self._run_id}: another driver works on it. End that one first."
+                    ) from error
+                time.sleep(0.2)
+
+    def _grow(self, there: list[Node]) -> None:
+        asked = self._config.num_workers
+        fits = sum(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving)
+        useful = fits if self._num_tasks is None else min(fits, self._num_tasks)
+        wanted = useful if asked == "auto" else asked
+        staying = sum(not worker.leaving for worker in self._pool.values())
+        for _ in range(max(1, wanted) - staying - len(self._starting)):
+            self._spawn()
+
+    def _spawn(self) -> None:
+        name = f"worker-{self._num_named}"
+        self._num_named += 1
+        as_actor: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
+        actor = as_actor(TaskWorkerActor)
+        # cuBLAS reads this when it starts: without it, its sums differ from run to run.
+        environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if self._gpus > 0 else None
+        handle = actor.options(
+            num_cpus=self._cpus,
+            num_gpus=self._gpus,
+            scheduling_strategy="SPREAD",
+            namespace=NAMESPACE,
+            runtime_env=environment,
+        ).remote(self._setup)
+        self._starting[name] = _Worker(name, handle, handle.where.remote())
+
+    def _started(self, worker: _Worker) -> list[Report]:
+        del self._starting[worker.name]
+        try:
+            worker.node, pid = ray.get(worker.ready)
+        except RayError as error:
+            self._num_failed_starts += 1
+            if not self._pool:
+                if self._num_failed_starts > _MAX_FAILED_STARTS or getattr(error, "actor_init_failed", False):
+                    raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
+                self._spawn()
+            # Else a node that joined may be at fault, and the next look at the nodes tries again.
+            logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).split("\n")[0])
+            return []
+        self._num_failed_starts = 0
+        self._pool[worker.name] = worker
+        logger.debug("%s is ready: node %s, process %d", worker.name, worker.node, pid)
+        return [WorkerJoined(worker.name, worker.node or "")]
+
+    def _ended(self, worker: _Worker, reference: Any) -> Report:
+        call = worker.calls.pop(reference)
+        try:
+            outcome = ray.get(reference)
+        except RayError as error:
+            alive = not worker.leaving and any(node.id == worker.node for node in nodes())
+            failure = classify(error, node_is_alive=alive)
+            if failure.worker_is_gone:
+                return self._lose(worker, str(error), failure.cause, call.number)
+            outcome = Raised(None, str(error), str(error), 0.0, failure.cause)
+        return Ended(call.number, worker.name, outcome)
+
+    def _lose(self, worker: _Worker, message: str, cause: Cause, *calls: int) -> Lost:
+        """Take a worker out, with its process where that still runs; another takes its place."""
+        del self._pool[worker.name]
+        ray.kill(worker.handle)
+        if not worker.leaving:
+            first_line = message.split("\n")[0]
+            logger.warning("%s is lost (%s), another takes its place: %s", worker.name, cause.value, first_line)
+            self._spawn()
+        return Lost(worker.name, message, (*calls, *(call.number for call in worker.calls.values())), cause)
+
+    def _end_overdue(self) -> list[Report]:
+        limit_s = self._config.stage_timeout_s
+        if limit_s is None:
+            return []
+        now = time.monotonic()
+        late = [w for w in self._pool.values() if any(now - call.since > limit_s for call in w.calls.values())]
+        message = f"It took longer than stage_timeout_s={limit_s:g}, and its worker was ended."
+        return [self._lose(worker, message, Cause.OVERDUE) for worker in late]
+
+    def _watch(self, there: list[Node]) -> list[Report]:
+        """Use nodes that joined; leave nodes that go, once what runs there has ended."""
+        reports: list[Report] = []
+        leaving = {node.id for node in there if node.leaving}
+        for worker in list(self._pool.values()):
+            if worker.node in leaving and not worker.leaving:
+                logger.warning("The node of %s is being drained: it finishes its stage and gets no other.", worker.name)
+                worker.leaving = True
+                reports.append(WorkerLeaving(worker.name))
+            elif worker.leaving and not worker.calls:
+                reports.append(self._lose(worker, "Its node is being drained.", Cause.NODE_LOST))
+        self._grow(there)
+        return reports
+
+    def _refuse_infeasible(self, there: list[Node]) -> None:
+        if any(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving):
+            return
+        offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
+        raise ResourceError(
+            f"A worker asks for {self._cpus:g} CPU and {self._gpus:g} GPU, which no node has ({offers}); lower "
+            "cpus_per_worker or gpus_per_worker, or add a node."
+        )
+
+    def _refuse_long_waits(self) -> None:
+        """Say why there is no worker yet; give up where none comes in time."""
+        now = time.monotonic()
+        if self._pool or not self._starting:
+            self._without_worker_since = self._said_at = now
+            return
+        waited_s = now - self._without_worker_since
+        free, there = ray.available_resources(), ray.cluster_resources()
+        offers = " and ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        why = f"each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, and {offers} are free, or a start takes them"
+        if waited_s > self._config.startup_timeout_s:
+            raise ResourceError(
+                f"No worker came up within {waited_s:.0f} s: {why}. Wait for other jobs, lower the demand, or raise "
+                "startup_timeout_s; the run can be resumed."
+            )
+        if now - self._said_at > _SAY_EVERY_S:
+            self._said_at = now
+            logger.warning("Still waiting for a worker after %.0f s: %s.", waited_s, why)

@@ -1,0 +1,129 @@
+"""What the stages of one worker process share: the backbone, the readers of the run directory, the scratch folder."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distributed_eg.errors import InputError, StoppedError
+from distributed_eg.method.backbone import Backbone
+from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.messages import TaskData, TaskInput, WorkerSetup
+from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.features import FeatureFile, write_features
+from distributed_eg.store.records import StatisticsRecord
+from distributed_eg.store.storage import Storage
+from distributed_eg.store.weights import load_tensors
+from distributed_eg.types import derive_seed
+
+
+class WorkerContext:
+    """One process's view of a run.
+
+    Args:
+        setup: what the worker is made from.
+        fetch: gives the bytes behind a leaf reference.
+        device: where this process computes.
+    """
+
+    def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
+        self.setup = setup
+        self.fetch = fetch
+        self.device = device
+        self.storage = Storage(setup.storage_uri)
+        self.root = setup.root.load(fetch).eval()
+        self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
+        self.reader = ExpertReader(partial(load_tensors, self.storage), self.root, setup.max_resident_experts, device)
+        self.scratch = setup.scratch_folder
+        self.stopping = threading.Event()
+        """Set once the driver has been told to stop; what runs looks at it between batches."""
+        _clear_earlier(setup)
+
+    def batches(self, dataset: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and targets of samples [first, last), in order, in batches of the run's feature batch size."""
+        loader = DataLoader(
+            dataset,
+            batch_size=self.setup.method.feature_batch_size,
+            sampler=range(first, len(dataset) if last is None else last),
+            collate_fn=getattr(dataset, "collate_fn", None),
+        )
+        for batch in loader:
+            if self.stopping.is_set():
+                raise StoppedError("The driver was told to stop.")
+            yield batch[0], batch[1]
+
+    def features(self, images: Tensor, what: str) -> Tensor:
+        """Features (n, num_features) of checked ``images``; ``what`` names them in errors.
+
+        Raises:
+            InputError: images of another shape than the backbone was built for, or NaN or infinite pixels.
+        """
+        if tuple(images.shape[1:]) != self.setup.shape:
+            raise InputError(
+                f"The images of {what} have shape {tuple(images.shape[1:])}, but the model was built for "
+                f"shape={self.setup.shape}; add a resizing transform, or build ExpertGate(shape=…) for them."
+            )
+        if not bool(torch.isfinite(images).all()):
+            raise InputError(f"The images of {what} hold NaN or infinite pixels; check its transforms.")
+        features: Tensor = self.backbone(images.to(self.device, torch.float32))
+        return features
+
+    def scratch_file(self, key: str, part: str) -> Path:
+        """Where the features of ``part`` ("train" or "valid") of a task's input are kept while they are needed."""
+        return self.scratch / f"{key}-{part}.arrow"
+
+    def feature_file(self, task_input: TaskInput, part: str, statistics: StatisticsRecord | None) -> FeatureFile:
+        """A task's features, extracted again, bit for bit, where this node does not have them."""
+        path = self.scratch_file(task_input.key, part)
+        if not path.exists():
+            data: TaskData = task_input.data.load(self.fetch)
+            self.extract(task_input, data.gate_train if part == "train" else data.gate_valid, part)
+        values = None if statistics is None else self.reader.statistics(statistics)
+        return FeatureFile(path, values, self.device)
+
+    def extract(self, task_input: TaskInput, dataset: Any, part: str) -> int:
+        """Write a task's features of ``part`` to scratch; return how many samples there are."""
+        what = f"task {task_input.task} (label {task_input.label})"
+        allowed = torch.tensor(task_input.classes)
+
+        def batches() -> Iterator[Tensor]:
+            for images, targets in self.batches(dataset):
+                strangers = targets[~torch.isin(targets.cpu(), allowed)]
+                if len(strangers):
+                    raise InputError(
+                        f"The targets of {what} hold the class {int(strangers[0])}, but the experience declares "
+                        f"{list(task_input.classes)}; check its target transform."
+                    )
+                yield self.features(images, what)
+
+        # A dataset may draw at random by itself: it must draw the same wherever and whenever it is read.
+        seed = derive_seed(self.setup.method.seed, task_input.task, f"features {part}")
+        with reproducible(seed, self.setup.threads):
+            return write_features(self.scratch_file(task_input.key, part), batches())
+
+    def drop_features(self, key: str, part: str) -> None:
+        """Remove features that nobody needs any more."""
+        self.scratch_file(key, part).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Have what runs end at its next batch; remove this driver's scratch folder from this node."""
+        self.stopping.set()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.scratch.parent.rmdir()
+
+
+def _clear_earlier(setup: WorkerSetup) -> None:
+    """Remove what earlier drivers of this run, which are gone, left on this node."""
+    for folder in setup.scratch_of_run.glob("*"):
+        if folder.name < setup.scratch_folder.name:
+            shutil.rmtree(folder, ignore_errors=True)

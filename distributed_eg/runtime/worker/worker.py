@@ -1,0 +1,72 @@
+"""The task worker: one process's door to the stages; a plain class, made an actor only where one is spawned."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from distributed_eg.errors import ExpertGateError
+from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.messages import (
+    AutoencoderRequest,
+    Done,
+    DropRequest,
+    EvaluateRequest,
+    ExpertRequest,
+    FeaturesRequest,
+    Raised,
+    ReferenceRequest,
+    RelateRequest,
+    Request,
+    Result,
+    WorkerSetup,
+)
+from distributed_eg.runtime.worker import stages
+from distributed_eg.runtime.worker.causes import cause_of
+from distributed_eg.runtime.worker.context import WorkerContext
+from distributed_eg.types import derive_seed
+
+_STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
+    FeaturesRequest: stages.extract_features,
+    ReferenceRequest: stages.fit_reference,
+    AutoencoderRequest: stages.fit_task_autoencoder,
+    RelateRequest: stages.relate_task,
+    ExpertRequest: stages.train_expert,
+    EvaluateRequest: stages.evaluate,
+    DropRequest: stages.drop_features,
+}
+
+
+class TaskWorker:
+    """Runs one request at a time, each under its own seed and the run's threads."""
+
+    def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
+        with reproducible(setup.method.seed, setup.threads):
+            self._context = WorkerContext(setup, fetch, device)
+
+    def run(self, request: Request) -> Done | Raised:
+        """Carry out a request; an exception becomes a value, for not every exception can cross a process border."""
+        started = time.perf_counter()
+        setup = self._context.setup
+        try:
+            with reproducible(_seed(request, setup.method.seed), setup.threads):
+                result = _STAGES[type(request)](self._context, request)
+        except Exception as error:
+            ours = error if isinstance(error, ExpertGateError) else None
+            message = str(error) if ours else f"{type(error).__name__}: {error}"
+            took_s = time.perf_counter() - started
+            return Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
+        return Done(result, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Have what runs end at its next batch, and remove the scratch folder."""
+        self._context.close()
+
+
+def _seed(request: Request, run_seed: int) -> int:
+    task = getattr(request, "input", None)
+    return derive_seed(run_seed, -1 if task is None else task.task, type(request).__name__)

@@ -1,0 +1,217 @@
+"""Random schedules by the million: run one, shrink one that breaks an invariant, run many on several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from distributed_eg.schedule.events import Event
+from distributed_eg.schedule.simulation.adversary import Adversary, Chooser
+from distributed_eg.schedule.simulation.world import BrokenInvariant, Driver, Plan
+
+_CHUNK = 2000
+_VALIDATE_EVERY = 16
+_NUM_TOLD = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One schedule that held every invariant; ``events`` are what its machines were told."""
+
+    choices: tuple[int, ...]
+    plan: Plan
+    events: tuple[Event, ...]
+    num_attempts: int
+    num_drivers: int
+    num_failed: int
+    """Tasks that the last driver gave up."""
+    stopped: bool
+    """Whether the last driver stopped before its stream's end."""
+    faults: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A schedule that broke an invariant, made short."""
+
+    seed: int
+    message: str
+    choices: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Totals:
+    """What many schedules came to."""
+
+    num_schedules: int = 0
+    num_events: int = 0
+    num_attempts: int = 0
+    num_drivers: int = 0
+    num_failed: int = 0
+    num_stopped: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    broken: Finding | None = None
+
+    def count(self, report: Report) -> None:
+        """Add one schedule."""
+        self.num_schedules += 1
+        self.num_events += len(report.events)
+        self.num_attempts += report.num_attempts
+        self.num_drivers += report.num_drivers
+        self.num_failed += report.num_failed
+        self.num_stopped += report.stopped
+        self.faults.update(report.faults)
+
+    def merge(self, other: Totals) -> None:
+        """Add what other schedules came to."""
+        self.num_schedules += other.num_schedules
+        self.num_events += other.num_events
+        self.num_attempts += other.num_attempts
+        self.num_drivers += other.num_drivers
+        self.num_failed += other.num_failed
+        self.num_stopped += other.num_stopped
+        self.faults.update(other.faults)
+        self.broken = other.broken
+
+
+def simulate(
+    seed: int | None = None,
+    choices: Sequence[int] | None = None,
+    *,
+    driver: type[Driver] = Driver,
+    validates: bool = True,
+) -> Report:
+    """Run one schedule: by ``choices`` as far as they go, then by ``seed``, and undisturbed where neither says more.
+
+    Args:
+        driver: the driver, and by it the machine, that is tested.
+        validates: whether the machine is validated after every event.
+
+    Raises:
+        BrokenInvariant: something does not hold; told with the seed, the choices and the last events.
+    """
+    choose = Chooser(seed, choices or ())
+    history: list[Event] = []
+    try:
+        adversary = Adversary(choose, driver, history, validates=validates)
+        adversary.run()
+    except Exception as error:  # whatever a schedule makes the machine raise is a finding, and is told as one
+        invariant, told = "nothing is raised", f"{type(error).__name__}: {error}"
+        if isinstance(error, BrokenInvariant):
+            invariant, told = error.invariant, error.told
+        events = "".join(f"\n  {event}" for event in history[-_NUM_TOLD:])
+        by = f"choices {choose.taken}" if seed is None else f"seed {seed}, choices {choose.taken}"
+        told = f"{told}; {by}, last events:{events}"
+        raise BrokenInvariant(invariant, told, choose.taken) from error
+    return Report(
+        choices=tuple(choose.taken),
+        plan=adversary.plan,
+        events=tuple(history),
+        num_attempts=adversary.storage.last_attempt,
+        num_drivers=adversary.num_drivers,
+        num_failed=len(adversary.driver.failed),
+        stopped=adversary.driver.stopping,
+        faults=adversary.faults,
+    )
+
+
+def shrink(choices: Sequence[int], fails: Callable[[Sequence[int]], bool], max_tries: int = 5000) -> list[int]:
+    """Make a failing schedule shorter and tamer while ``fails`` says that it still fails.
+
+    Drops and zeroes ever smaller chunks, then lowers single choices, until nothing helps or ``max_tries`` are used up.
+    """
+    best, tried, before = list(choices), 0, None
+
+    def still_fails(candidate: list[int]) -> bool:
+        nonlocal tried
+        tried += 1
+        return tried <= max_tries and candidate != best and fails(candidate)
+
+    while best != before:
+        before = best
+        size = len(best)
+        while size := size // 2:
+            start = 0
+            while start < len(best):
+                end = start + size
+                dropped, zeroed = best[:start] + best[end:], best[:start] + [0] * len(best[start:end]) + best[end:]
+                better = next(filter(still_fails, (dropped, zeroed)), None)
+                start, best = (start + size, best) if better is None else (start, better)
+        for position, choice in enumerate(best):
+            lowered = [[*best[:position], lower, *best[position + 1 :]] for lower in (0, choice // 2, choice - 1)]
+            best = next(filter(still_fails, lowered if choice else ()), best)
+    return best
+
+
+def replay(seed: int, *, driver: type[Driver] = Driver) -> Finding | None:
+    """Run a seed's schedule again; where it breaks an invariant, the shortest schedule that breaks the same one."""
+    broken = _broken(driver, seed, None)
+    if broken is None:
+        return None
+
+    def fails(choices: Sequence[int]) -> bool:
+        again = _broken(driver, None, choices)
+        return again is not None and again.invariant == broken.invariant
+
+    shortest = _broken(driver, None, shrink(broken.choices, fails)) or broken
+    return Finding(seed, str(shortest), shortest.choices)
+
+
+def run_many(
+    first_seed: int,
+    count: int,
+    processes: int = 1,
+    *,
+    driver: type[Driver] = Driver,
+    on_progress: Callable[[Totals], None] | None = None,
+) -> Totals:
+    """Run the schedules of ``count`` seeds; the first that breaks an invariant ends it, made short in ``broken``.
+
+    Args:
+        processes: how many share the work; 1: this one.
+        on_progress: told of the totals so far, now and then.
+    """
+    last = first_seed + count
+    chunks = [range(start, min(start + _CHUNK, last)) for start in range(first_seed, last, _CHUNK)]
+    run_chunk = partial(_run_chunk, driver=driver)
+    if processes == 1:
+        return _gather(map(run_chunk, chunks), on_progress)
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return _gather(pool.map(run_chunk, chunks), on_progress)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _gather(parts: Iterable[Totals], on_progress: Callable[[Totals], None] | None) -> Totals:
+    totals = Totals()
+    for part in parts:
+        totals.merge(part)
+        if totals.broken is not None:
+            break
+        if on_progress is not None:
+            on_progress(totals)
+    return totals
+
+
+def _run_chunk(seeds: range, driver: type[Driver]) -> Totals:
+    totals = Totals()
+    for seed in seeds:
+        try:
+            totals.count(simulate(seed, driver=driver, validates=seed % _VALIDATE_EVERY == 0))
+        except BrokenInvariant:
+            totals.broken = replay(seed, driver=driver)
+            break
+    return totals
+
+
+def _broken(driver: type[Driver], seed: int | None, choices: Sequence[int] | None) -> BrokenInvariant | None:
+    try:
+        simulate(seed, choices, driver=driver)
+    except BrokenInvariant as broken:
+        return broken
+    return None

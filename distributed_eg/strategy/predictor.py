@@ -1,0 +1,130 @@
+"""What a trained model holds: the gate, and its experts, read from a run directory or kept in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distributed_eg.errors import InputError
+from distributed_eg.method.autoencoder import autoencoder_from_tensors
+from distributed_eg.method.gate import Gate, make_gate
+from distributed_eg.method.standardize import Statistics
+from distributed_eg.store.experts import ExpertReader, ExpertRef
+from distributed_eg.store.storage import Artifact
+from distributed_eg.types import AutoencoderKind, TaskId
+
+_PREFIX = "run."
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The gate over all tasks and where their experts are; ``threads`` is the run's number of torch threads."""
+
+    gate: Gate
+    experts: Mapping[TaskId, ExpertRef]
+    reader: ExpertReader
+    threads: int
+
+    @property
+    def width(self) -> int:
+        """Columns of the model's output: the highest class id and one."""
+        return 1 + max(max(ref.classes) for ref in self.experts.values())
+
+    def to(self, device: torch.device, root: nn.Module) -> TrainedRun:
+        """The same run on another device, where ``root`` is already."""
+        gate, old = self.gate, self.gate.statistics
+        statistics = Statistics(old.mean.to(device), old.std.to(device), old.num_samples)
+        autoencoders = {t: a.to(device) for t, a in zip(gate.tasks, gate.autoencoders, strict=True)}
+        moved = make_gate(autoencoders, statistics, gate.temp, gate.confidence_threshold)
+        return TrainedRun(moved, self.experts, self.reader.to(device, root), self.threads)
+
+    def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
+        """Everything, experts included, as tensors by name: what ``state_dict`` holds beside the root network."""
+        gate, statistics = self.gate, self.gate.statistics
+        threshold = -1.0 if gate.confidence_threshold is None else gate.confidence_threshold
+        found: dict[str, Tensor] = {
+            "settings": torch.tensor([gate.temp, threshold, self.threads, kind == "linear"], dtype=torch.float64),
+            "statistics.mean": statistics.mean,
+            "statistics.std": statistics.std,
+            "statistics.num_samples": torch.tensor(statistics.num_samples),
+        }
+        for task, autoencoder in zip(gate.tasks, gate.autoencoders, strict=True):
+            found |= {f"autoencoders.{task}.{name}": value for name, value in autoencoder.tensors().items()}
+            ref = self.experts[task]
+            found[f"classes.{task}"] = torch.tensor(ref.classes)
+            found |= {f"experts.{task}.{name}": value for name, value in self.reader.load(ref.artifact).items()}
+        return {_PREFIX + name: value for name, value in found.items()}
+
+
+def take_tensors(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Take what ``TrainedRun.tensors`` gave out of ``state``, without its prefix."""
+    start = prefix + _PREFIX
+    return {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    root: nn.Module,
+    kind: AutoencoderKind,
+    capacity: int,
+    device: torch.device,
+    feature_shape: Sequence[int],
+) -> TrainedRun:
+    """A run in memory, from ``take_tensors``.
+
+    Raises:
+        InputError: tensors are missing, or belong to another kind of autoencoder, or to another backbone.
+    """
+    # As torch does it: what is loaded does not share memory with what was given.
+    tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    _require(tensors, ("settings", "statistics.mean", "statistics.std", "statistics.num_samples"))
+    temp, threshold, threads, linear = tensors["settings"].tolist()
+    stored: AutoencoderKind = "linear" if linear else "sgd"
+    if stored != kind:
+        raise InputError(f"The state dict holds {stored!r} autoencoders; build ExpertGate(autoencoder={stored!r}).")
+    tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("classes."))
+    fields = {name.split(".", 2)[2] for name in tensors if name.startswith("autoencoders.")}
+    for task in tasks:
+        _require(tensors, [f"autoencoders.{task}.{name}" for name in fields])
+        _require(tensors, [f"experts.{task}.{name}" for name in root.state_dict()])
+    autoencoders = {
+        task: autoencoder_from_tensors(kind, _below(tensors, f"autoencoders.{task}.")).to(device) for task in tasks
+    }
+    num_features = tensors["statistics.mean"].numel()
+    if num_features != math.prod(feature_shape):
+        raise InputError(
+            f"The state dict was trained on {num_features} features, but the model's backbone gives "
+            f"{math.prod(feature_shape)}: build ExpertGate with the same shape=, arch= and output_layer_name=."
+        )
+    statistics = Statistics(
+        tensors["statistics.mean"].to(device),
+        tensors["statistics.std"].to(device),
+        int(tensors["statistics.num_samples"]),
+    )
+    states = {str(task): _below(tensors, f"experts.{task}.") for task in tasks}
+    experts = {
+        task: ExpertRef(Artifact(str(task), str(task), 0), tuple(tensors[f"classes.{task}"].tolist())) for task in tasks
+    }
+    gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
+    return TrainedRun(gate, experts, ExpertReader(partial(_from_memory, states), root, capacity, device), int(threads))
+
+
+def _require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        first = _PREFIX + missing[0]
+        raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {first!r}.")
+
+
+def _from_memory(states: Mapping[str, dict[str, Tensor]], artifact: Artifact) -> dict[str, Tensor]:
+    return states[artifact.sha256]
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

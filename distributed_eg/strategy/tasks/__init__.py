@@ -1,0 +1,1 @@
+"""From an experience to what is shipped as a task, and what tells its data and settings from another's."""

@@ -1,0 +1,180 @@
+"""Training one expert on a worker with the user's own strategy: Avalanche's loop, hooks, plugins and metrics."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.clock import Clock
+from torch import nn
+
+from distributed_eg.errors import DivergedError, ExpertGateError, HookError, StoppedError
+from distributed_eg.method.distill import Distillation
+from distributed_eg.method.expert import find_head
+from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
+from distributed_eg.store.layout import task_file
+from distributed_eg.strategy.model import SingleExpert
+from distributed_eg.strategy.tasks.experiences import rebuild
+from distributed_eg.strategy.training.blame import blame
+from distributed_eg.strategy.training.checkpoint import Checkpointing
+from distributed_eg.strategy.training.packing import PackedStrategy, unpack
+from distributed_eg.strategy.training.recording import RecordingLogger
+
+
+@dataclass(frozen=True)
+class StrategyTrainer:
+    """Trains experts with a packed strategy; ``loader_args`` are what the user gave to ``train``."""
+
+    packed: PackedStrategy
+    collect_all: bool
+    loader_args: dict[str, Any]
+
+    def train(self, job: ExpertJob) -> TrainedExpert:
+        """Run the strategy's training loop over one experience.
+
+        Raises:
+            DivergedError: the loss, or a weight, is not finite.
+        """
+        model = SingleExpert(job.network, job.classes, _width(job), freeze_norm=job.method.freeze_norm)
+        recorder: RecordingLogger | None = None
+
+        def evaluator_of(metrics: list[Any]) -> EvaluationPlugin:
+            nonlocal recorder
+            travelled = [metric for metric in metrics if metric is not None]
+            recorder = RecordingLogger(metrics)
+            return EvaluationPlugin(*travelled, loggers=[recorder], collect_all=self.collect_all)
+
+        clock = Clock()
+        clock.train_exp_counter = job.task
+        strategy = unpack(self.packed, model, job.network, evaluator_of, clock)
+        distillation = _distillation(job, strategy.optimizer)
+        strategy.optimizer.state.clear()
+        rules = _ExpertRules(job, distillation)
+        strategy.plugins = [rules, *strategy.plugins]
+        assert recorder is not None
+        if job.checkpoints is not None:
+            strategy._checkpointing = Checkpointing(job.checkpoints, job, strategy, recorder)
+        strategy.device = job.device
+        if isinstance(strategy._criterion, nn.Module):
+            strategy._criterion.to(job.device)
+        try:
+            with warnings.catch_warnings():
+                # A scheduler misses the mark that it set on the driver's optimizer; the order of steps is right.
+                warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
+                strategy.train_expert(
+                    model,
+                    rebuild(job.experience, job.data.train),
+                    [rebuild(info, dataset) for info, dataset in job.data.evaluations],
+                    self.loader_args,
+                )
+        except ExpertGateError:
+            raise
+        except Exception as error:
+            resumed_after = 0 if strategy._checkpointing is None else strategy._checkpointing.resumed_after
+            raise _told(error, job, resumed_after) from error
+        finally:
+            if distillation is not None:
+                distillation.detach()
+        _require_finite(job)
+        return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
+
+
+class _ExpertRules(SupervisedPlugin):
+    """The method's own part of the loop: the distillation term, and no loss that is not finite."""
+
+    def __init__(self, job: ExpertJob, distillation: Distillation | None) -> None:
+        super().__init__()
+        self._job = job
+        self._distillation = distillation
+        self._total = 0.0
+        self._count = 0
+
+    @property
+    def mean_distillation(self) -> float | None:
+        """Mean distillation term over the iterations; None without LwF."""
+        return None if self._distillation is None else self._total / max(1, self._count)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running totals."""
+        return {"total": self._total, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from those."""
+        self._total, self._count = state["total"], state["count"]
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the distillation term, as Avalanche's own LwF plugin does."""
+        if self._distillation is not None:
+            term = self._distillation.loss(strategy.mb_x)
+            strategy.loss = strategy.loss + term
+            self._total += float(term.detach())
+            self._count += 1
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Refuse to step on a loss that is not finite, or once the driver was told to stop."""
+        if self._job.is_stopping():
+            raise StoppedError(f"Task {self._job.task} ended early: its driver was told to stop.")
+        if not bool(torch.isfinite(strategy.loss).all()):
+            rates = [group["lr"] for group in strategy.optimizer.param_groups]
+            raise DivergedError(
+                f"The loss of task {self._job.task} (label {self._job.label}) is {strategy.loss.sum().item()} in epoch "
+                f"{strategy.clock.train_exp_epochs}, batch {strategy.clock.train_epoch_iterations}, at learning rate "
+                f"{rates[0] if len(rates) == 1 else rates}; lower the learning rate, or clip the gradients."
+            )
+
+
+def group_by_stream(experiences: Iterable[CLExperience]) -> list[list[CLExperience]]:
+    """Experiences of one stream together, as ``eval`` wants them."""
+    groups: dict[str, list[CLExperience]] = {}
+    for experience in experiences:
+        groups.setdefault(experience.origin_stream.name, []).append(experience)
+    return list(groups.values())
+
+
+def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillation | None:
+    """Set LwF up where there is a teacher: the old head trains in the parameter group of the head that it stands
+    beside."""
+    if job.teacher is None:
+        return None
+    head = next(job.network.get_submodule(find_head(job.network)).parameters())
+    method = job.method
+    distillation = Distillation(
+        job.network, job.teacher, weight=method.distillation_weight, temp=method.distillation_temp
+    )
+    groups = optimizer.param_groups
+    group = next((g for g in groups if any(p is head for p in g["params"])), groups[0])
+    group["params"].extend(distillation.parameters())
+    return distillation
+
+
+def _told(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
+    who = blame(error)
+    note = ""
+    if resumed_after:
+        path = task_file(job.task, "checkpoint")
+        note = f"It went on from its checkpoint after {resumed_after} epochs; if that is why, delete {path!r}.\n"
+    return HookError(
+        f"Training the expert of task {job.task} (label {job.label}) failed"
+        f"{'' if who is None else f' in {who}'}: {type(error).__name__}: {error}\n{note}{traceback.format_exc()}"
+    )
+
+
+def _width(job: ExpertJob) -> int:
+    return max(job.classes) + 1
+
+
+def _require_finite(job: ExpertJob) -> None:
+    network: nn.Module = job.network
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(
+                f"The weights {name!r} of task {job.task} (label {job.label}) are not finite after training; lower the "
+                "learning rate, or clip the gradients."
+            )

@@ -1,0 +1,245 @@
+"""Reading a run back: experts on demand, the gate over all tasks, and references between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from distributed_eg.errors import ExpertGateError, InputError, StorageError
+from distributed_eg.method.autoencoder import Autoencoder
+from distributed_eg.method.expert import derive_expert
+from distributed_eg.method.gate import make_gate
+from distributed_eg.method.linear_autoencoder import LinearAutoencoder
+from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
+from distributed_eg.method.standardize import Statistics
+from distributed_eg.store.experts import ExpertReader, ExpertRef, GateRef, Reference, save_statistics
+from distributed_eg.store.records import StatisticsRecord
+from distributed_eg.store.storage import Storage
+from distributed_eg.store.weights import load_tensors, save_tensors
+from distributed_eg.types import AutoencoderKind
+
+WIDTH = 6
+
+
+def network(width: int = WIDTH, seed: int = 0) -> nn.Module:
+    """A small network with normalisation and dropout; its head has 4 outputs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(width, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def statistics(seed: int = 0) -> Statistics:
+    """Statistics of ``WIDTH`` features."""
+    generator = torch.Generator().manual_seed(seed)
+    return Statistics(torch.randn(WIDTH, generator=generator), torch.rand(WIDTH, generator=generator) + 0.5, 77)
+
+
+def autoencoder(kind: AutoencoderKind, seed: int, rank: int = 3) -> Autoencoder:
+    """An autoencoder that nobody fitted."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "linear":
+        components = torch.linalg.qr(torch.randn(WIDTH, rank, generator=generator)).Q.T
+        return LinearAutoencoder(components, torch.ones(rank), torch.rand(WIDTH, generator=generator), torch.tensor(9))
+    shapes = ((rank, WIDTH), (rank,), (WIDTH, rank), (WIDTH,))
+    return SgdAutoencoder(*(torch.randn(*shape, generator=generator) for shape in shapes))
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "run"))
+
+
+def seal_expert(storage: Storage, task: int, classes: Sequence[int]) -> tuple[ExpertRef, nn.Module]:
+    """An expert of ``network()`` in the run directory."""
+    expert = derive_expert(network(), len(classes), seed=task + 1)
+    artifact = save_tensors(storage, f"tasks/{task:05d}/expert", expert.state_dict())
+    return ExpertRef(artifact, tuple(classes)), expert
+
+
+def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
+    """How many files are read to get the experts at ``refs``."""
+    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
+        for ref in refs:
+            reader.expert(ref)
+    return loads.call_count
+
+
+def test_an_expert_answers_as_the_one_that_was_sealed(storage: Storage) -> None:
+    """Other head sizes than the root's, in eval mode, bit for bit."""
+    images = torch.randn(5, WIDTH)
+    reader = ExpertReader(partial(load_tensors, storage), network(), 2, "cpu")
+    for task, classes in enumerate([(3, 8), (0, 1, 2, 4, 5, 6, 7), (9,)]):
+        ref, sealed = seal_expert(storage, task, classes)
+        read = reader.expert(ref)
+        assert read.classes == classes
+        assert not read.network.training
+        assert not any(parameter.requires_grad for parameter in read.network.parameters())
+        assert torch.equal(read.network(images), sealed.eval()(images))
+
+
+def test_reading_leaves_the_root_and_the_generator_alone(storage: Storage) -> None:
+    root = network().train()
+    before = {name: tensor.clone() for name, tensor in root.state_dict().items()}
+    ref, _ = seal_expert(storage, 0, (0, 1))
+    state = torch.get_rng_state()
+    ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ref)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert root.training
+    assert all(parameter.requires_grad for parameter in root.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in root.state_dict().items())
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3])
+def test_at_most_capacity_experts_stay_in_memory(storage: Storage, capacity: int) -> None:
+    refs = [seal_expert(storage, task, (0, 1))[0] for task in range(4)]
+    reader = ExpertReader(partial(load_tensors, storage), network(), capacity, "cpu")
+    assert count_loads(reader, refs) == 4
+    assert count_loads(reader, refs[-capacity:]) == 0, "the newest are there"
+    assert count_loads(reader, refs[: 4 - capacity]) == 4 - capacity, "the others are read again"
+
+
+def test_the_least_recently_used_expert_goes_first(storage: Storage) -> None:
+    a, b, c, d = (seal_expert(storage, task, (0, 1))[0] for task in range(4))
+    reader = ExpertReader(partial(load_tensors, storage), network(), 3, "cpu")
+    assert count_loads(reader, [a, b, c, a, d]) == 4
+    assert count_loads(reader, [a, c, d]) == 0, "a was used after b"
+    assert count_loads(reader, [b]) == 1
+    assert count_loads(reader, [c, d]) == 0, "b took the place of a"
+    assert count_loads(reader, [a]) == 1
+
+
+def test_an_expert_that_was_evicted_comes_back_the_same(storage: Storage) -> None:
+    a, b = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
+    images = torch.randn(3, WIDTH)
+    first = reader.expert(a).network(images)
+    reader.expert(b)
+    assert torch.equal(reader.expert(a).network(images), first)
+
+
+def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> None:
+    """Two tasks may end with the same bytes; what their outputs stand for is still each task's own."""
+    ref, _ = seal_expert(storage, 0, (0, 1))
+    twin = ExpertRef(ref.artifact, (6, 7))
+    reader = ExpertReader(partial(load_tensors, storage), network(), 2, "cpu")
+    assert reader.expert(ref).classes == (0, 1)
+    assert reader.expert(twin).classes == (6, 7)
+
+
+@pytest.mark.parametrize(
+    ("root", "classes"),
+    [(network(width=WIDTH + 1), (0, 1)), (nn.Sequential(nn.Linear(WIDTH, 4)), (0, 1)), (network(), (0, 1, 2))],
+    ids=["other width", "other layers", "other head"],
+)
+def test_an_expert_of_another_architecture_is_named(storage: Storage, root: nn.Module, classes: tuple[int]) -> None:
+    ref, _ = seal_expert(storage, 0, (0, 1))
+    with pytest.raises(StorageError, match="does not fit this run's backbone") as caught:
+        ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ExpertRef(ref.artifact, classes))
+    assert ref.artifact.path in str(caught.value)
+
+
+def test_a_damaged_expert_is_named_and_the_reader_goes_on(storage: Storage, tmp_path: Path) -> None:
+    good, bad = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
+    (tmp_path / "run" / bad.artifact.path).write_bytes(b"")
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
+    with pytest.raises(StorageError, match="damaged") as caught:
+        reader.expert(bad)
+    assert bad.artifact.path in str(caught.value)
+    reader.expert(good)
+
+
+@pytest.mark.parametrize("kind", ["linear", "sgd"])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_the_gate_is_the_one_that_was_built_by_hand(
+    storage: Storage, kind: AutoencoderKind, threshold: float | None
+) -> None:
+    """Tasks out of order and with gaps; linear autoencoders of different ranks. Same tensors, so bit-equal routing."""
+    made = {task: autoencoder(kind, task, rank=2 + (task % 3 if kind == "linear" else 0)) for task in (7, 0, 3)}
+    refs = tuple((task, save_tensors(storage, f"tasks/{task}/a", a.tensors())) for task, a in made.items())
+    record = StatisticsRecord(save_statistics(storage, statistics()), 77)
+    ref = GateRef(kind, record, refs, 0.7, threshold)
+    read = ExpertReader(partial(load_tensors, Storage(storage.uri)), network(), 1, "cpu").gate(ref)
+    by_hand = make_gate(made, statistics(), 0.7, threshold)
+    assert read.tasks == by_hand.tasks == (0, 3, 7)
+    features = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
+    found, expected = read.route(features), by_hand.route(features)
+    assert len(expected.tasks.unique()) > 1, "a test in which one task takes all would prove little"
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    answering, expected_answering = read.answering(found), by_hand.answering(expected)
+    assert answering.keys() == expected_answering.keys()
+    assert all(torch.equal(weights, expected_answering[task]) for task, weights in answering.items())
+
+
+def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
+    artifact = save_tensors(storage, "tasks/0/a", autoencoder("linear", 0).tensors())
+    ref = GateRef("linear", StatisticsRecord(save_statistics(storage, statistics()), 77), ((0, artifact),), 2.0, None)
+    reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
+    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
+        reader.gate(ref)
+        reader.gate(ref)
+    assert loads.call_count == 2
+    assert reader.statistics(ref.statistics).num_samples == 77
+
+
+ROOTS = [None, autoencoder("linear", 4).tensors()]
+
+
+def same(found: Reference, expected: Reference) -> bool:
+    """Whether two references hold the same."""
+    ours, theirs = found.statistics, expected.statistics
+    roots = found.root_autoencoder, expected.root_autoencoder
+    return (
+        torch.equal(ours.mean, theirs.mean)
+        and torch.equal(ours.std, theirs.std)
+        and ours.num_samples == theirs.num_samples
+        and (roots[0] is None) == (roots[1] is None)
+        and (not roots[0] or not roots[1] or all(torch.equal(roots[0][name], roots[1][name]) for name in roots[1]))
+        and (roots[0] or {}).keys() == (roots[1] or {}).keys()
+    )
+
+
+@pytest.mark.parametrize("root", ROOTS, ids=["statistics only", "with a root"])
+def test_a_reference_goes_through_a_file_and_through_a_run(storage: Storage, tmp_path: Path, root: dict | None) -> None:
+    """Run to file to another run: the same numbers, and the same artifact in the end."""
+    reference = Reference(statistics(), root)
+    record = reference.store(storage)
+    assert (record.root_autoencoder is None) == (root is None)
+    of_run = Reference.of_run(storage, record)
+    assert same(of_run, reference)
+    of_run.save(tmp_path / "reference.safetensors", "linear")
+    loaded = Reference.load(tmp_path / "reference.safetensors", "linear")
+    assert same(loaded, reference)
+    assert loaded.store(Storage(str(tmp_path / "other"))) == record
+
+
+def test_a_reference_without_root_fits_either_kind(tmp_path: Path) -> None:
+    Reference(statistics(), None).save(tmp_path / "r", "linear")
+    assert Reference.load(str(tmp_path / "r"), "sgd").root_autoencoder is None
+
+
+def test_a_reference_of_another_kind_is_refused_with_both_names(tmp_path: Path) -> None:
+    Reference(statistics(), autoencoder("linear", 1).tensors()).save(tmp_path / "r", "linear")
+    with pytest.raises(InputError, match="'linear' autoencoder, not 'sgd'"):
+        Reference.load(tmp_path / "r", "sgd")
+
+
+def test_a_reference_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no tensors")
+    (tmp_path / "folder").mkdir()
+    save_file({"mean": torch.zeros(2)}, tmp_path / "other")
+    for name in ("missing", "text", "folder", "other"):
+        with pytest.raises(InputError, match=name):
+            Reference.load(tmp_path / name, "linear")
+
+
+def test_a_reference_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The run took hours, the path has a slip in it: an error of ours, that a caller may catch and try again."""
+    with pytest.raises(ExpertGateError, match="missing"):
+        Reference(statistics(), None).save(tmp_path / "missing" / "r", "linear")

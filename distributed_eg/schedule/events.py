@@ -99,6 +99,10 @@ class StageFailed:
     attempt: int
     cause: Cause
     message: str
+    error: Exception | None = None
+    """What it raised, where that is an error of this package."""
+    details: str = ""
+    """The traceback of what it raised."""
 
 
 Event: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | TaskArrived | StreamEnded | StageFinished | StageFailed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from distributed_eg.schedule.events import Stage
+from distributed_eg.schedule.events import Stage, StageFailed
 from distributed_eg.types import TaskId
 
 
@@ -30,12 +30,13 @@ class PullTask:
 class ReportFailure:
     """A task will not be trained: its own stage failed for good, or ``message`` names what it needed.
 
-    ``message`` tells the cause of every attempt.
+    ``message`` tells the cause of every attempt, all of which are in ``failures``.
     """
 
     task: TaskId
     stage: Stage
     message: str
+    failures: tuple[StageFailed, ...] = ()
 
 
 Instruction: TypeAlias = RunStage | PullTask | ReportFailure

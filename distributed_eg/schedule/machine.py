@@ -16,18 +16,8 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from distributed_eg.schedule.events import (
-    Cause,
-    Event,
-    Stage,
-    StageFailed,
-    StageFinished,
-    StreamEnded,
-    TaskArrived,
-    WorkerJoined,
-    WorkerLeaving,
-    WorkerLost,
-)
+from distributed_eg.schedule import events
+from distributed_eg.schedule.events import Cause, Event, Stage, StageFailed, StageFinished, TaskArrived, WorkerLost
 from distributed_eg.schedule.instructions import Instruction, PullTask, ReportFailure, RunStage
 from distributed_eg.schedule.retry import Decision, decide
 from distributed_eg.types import TaskId
@@ -150,10 +140,10 @@ class Machine:
         """
         self._history.append(event)
         instructions: list[Instruction] = []
-        if isinstance(event, WorkerJoined):
+        if isinstance(event, events.WorkerJoined):
             if event.worker not in self._nodes:
                 self._nodes[event.worker] = self._idle[event.worker] = event.node
-        elif isinstance(event, WorkerLeaving):
+        elif isinstance(event, events.WorkerLeaving):
             if event.worker in self._nodes:
                 self._leaving.add(event.worker)
                 self._idle.pop(event.worker, None)
@@ -161,7 +151,7 @@ class Machine:
             instructions += self._lose_worker(event)
         elif isinstance(event, TaskArrived):
             instructions += self._add_task(event)
-        elif isinstance(event, StreamEnded):
+        elif isinstance(event, events.StreamEnded):
             self._ended, self._pulling = True, False
         else:
             known = event.task in self._tasks or event.attempt < self._first_attempt
@@ -288,7 +278,7 @@ class Machine:
         assert state.next_stage is not None
         state.failed = True
         self._num_unfinished -= 1
-        reports: list[Instruction] = [ReportFailure(task, state.next_stage, message)]
+        reports: list[Instruction] = [ReportFailure(task, state.next_stage, message, tuple(state.failures))]
         freed = self._wait_for_autoencoder.pop(task, []) + self._wait_for_expert.pop(task, []) + self._related_now()
         if self._statistics_are_lost():
             freed += self._wait_for_statistics + self._ready[Stage.FEATURES]

@@ -6,9 +6,10 @@ The public names are resolved when they are first used: importing the package lo
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from distributed_eg.benchmarks import make_benchmark as make_benchmark
     from distributed_eg.config import ClusterConfig as ClusterConfig
     from distributed_eg.strategy.metrics import gate_metrics as gate_metrics
     from distributed_eg.strategy.model import ExpertGate as ExpertGate
@@ -25,7 +26,7 @@ _HOMES = {
 __all__ = ["ClusterConfig", "ExpertGate", "ExpertGateStrategy", "gate_metrics", "make_benchmark"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

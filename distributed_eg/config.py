@@ -82,11 +82,17 @@ class AutoencoderConfig:
     """How a task's autoencoder is made; ``lr``, ``epochs``, ``batch_size`` and ``optimizer`` are "sgd"'s only."""
 
     kind: AutoencoderKind = "sgd"
+    """``"sgd"``: the paper's, trained by gradients. ``"linear"``: closed form."""
     latent_dim: int = 100
+    """Hidden units, at least 1; the paper's 100."""
     lr: float = 1e-3
+    """Learning rate, positive; the authors' sample code has 1e-2, with AdaGrad."""
     epochs: int = 2
+    """Passes over the task's training features, at least 1; the authors' sample code has 100."""
     batch_size: int = 1
+    """Samples a step, at least 1; the authors' sample code has 12."""
     optimizer: AutoencoderOptimizer = "sgd"
+    """``"sgd"`` (momentum 0.9), ``"adagrad"`` (the authors' sample code) or ``"adam"``."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("sgd", "linear"):
@@ -105,15 +111,25 @@ class MethodConfig:
     """The method's numbers, the same for every task of a run."""
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
+    """How each task's autoencoder is made."""
     temp: float = 2.0
+    """Temperature of the gate's softmax over reconstruction errors, positive; the paper's 2."""
     rel_thresh: float = 0.85
+    """Relatedness, at most 1, above which an expert learns without forgetting from its parent; the paper's 0.85."""
     confidence_threshold: float | None = None
+    """Experts that are at least this confident, in (0, 1], answer together. None: the best alone, as in the paper."""
     distillation_weight: float = 1.0
+    """Weight λ of the distillation term of learning without forgetting, not negative; 1 in Li & Hoiem."""
     distillation_temp: float = 2.0
+    """Temperature of its soft targets, positive; 2 in the paper."""
     freeze_norm: bool = True
+    """Whether an expert keeps the running statistics of its parent's batch normalisation."""
     validation_fraction: float = 0.1
+    """Share of a task's samples, in (0, 1), that relatedness is measured on where no validation part is given."""
     feature_batch_size: int = 32
+    """Images that pass the backbone at a time, at least 1."""
     seed: int = 0
+    """Seed of everything that is drawn."""
 
     def __post_init__(self) -> None:
         if not self.temp > 0 or not self.distillation_temp > 0:

@@ -22,24 +22,18 @@ from distributed_eg.errors import InputError
 from distributed_eg.method import sgd_autoencoder
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.method.distill import Distillation
-from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.training import trainer
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.inside import manifests_of, sample_counts_of
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def manifests(strategy: ExpertGateStrategy) -> dict[int, TaskManifest]:
-    """The sealed manifests, by task."""
-    assert strategy._open is not None
-    return strategy._open.session.registry.manifests
-
-
 def stored(strategy: ExpertGateStrategy, task: int, what: str) -> dict[str, Tensor]:
     """A task's sealed "expert" or "autoencoder"."""
-    return load_tensors(Storage(strategy.run_dir or ""), getattr(manifests(strategy)[task], what))
+    return load_tensors(Storage(strategy.run_dir or ""), getattr(manifests_of(strategy)[task], what))
 
 
 def images_of(stream: Any, task: int, count: int | None = None) -> Tensor:
@@ -71,12 +65,12 @@ def test_row_01_lwf_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "Distillation", Spy)
     with tiny_strategy(**SETTINGS) as strategy:
         strategy.train(tiny_benchmark(DOMAINS).train_stream)
-        by_lwf = [task for task, manifest in manifests(strategy).items() if manifest.transfer == "lwf"]
+        by_lwf = [task for task, manifest in manifests_of(strategy).items() if manifest.transfer == "lwf"]
         assert by_lwf == [2]
-        manifest = manifests(strategy)[2]
+        manifest = manifests_of(strategy)[2]
         assert manifest.distillation is not None
         assert manifest.distillation > 0
-        assert all(m.distillation is None for task, m in manifests(strategy).items() if task != 2)
+        assert all(m.distillation is None for task, m in manifests_of(strategy).items() if task != 2)
         assert manifest.parent == 0
         parent = stored(strategy, 0, "expert")
         assert teachers[0].keys() == parent.keys()
@@ -180,8 +174,7 @@ def test_row_06_a_part_is_split_off_where_there_is_no_validation_stream() -> Non
     """It is not in the autoencoder, and it is the same part in every run."""
     with tiny_strategy(train_epochs=1, validation_fraction=0.25) as strategy:
         strategy.train(tiny_benchmark((0, 1)).train_stream)
-        assert strategy._open is not None
-        assert [r.num_samples for r in strategy._open.session.registry.autoencoders.values()] == [45, 45]
+        assert sample_counts_of(strategy) == [45, 45]
 
 
 def test_row_07_any_label_any_order_repeats_and_none() -> None:
@@ -239,7 +232,7 @@ def test_row_10_a_head_has_its_tasks_classes_only() -> None:
     with tiny_strategy() as strategy:
         strategy.train(benchmark.train_stream)
         for task in range(3):
-            assert manifests(strategy)[task].classes == (2 * task, 2 * task + 1)
+            assert manifests_of(strategy)[task].classes == (2 * task, 2 * task + 1)
             assert stored(strategy, task, "expert")["head.weight"].shape == (2, 48)
         outputs = strategy.model.eval()(images_of(benchmark.test_stream, 1, 6))
     assert outputs.shape == (6, 6)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
-from avalanche.benchmarks import CLScenario, benchmark_from_datasets, task_incremental_benchmark
-from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks import CLExperience, CLScenario, CLStream, benchmark_from_datasets, task_incremental_benchmark
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
@@ -19,12 +18,15 @@ IMAGENET_MEAN: tuple[float, float, float] = (0.485, 0.456, 0.406)  # red, green,
 IMAGENET_STD: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
+Scenario: TypeAlias = CLScenario[CLStream[CLExperience]]
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A sequence of classification tasks; experience k of each stream has task label k."""
 
     name: str
-    scenario: CLScenario
+    scenario: Scenario
     """Has `train_stream` and `test_stream`."""
     task_names: tuple[str, ...]
     domains: tuple[str, ...]
@@ -35,16 +37,16 @@ class Benchmark:
     """Class ids are 0 ... num_classes - 1 over all tasks; no two tasks share one."""
 
 
-def task_incremental(train: Sequence[AvalancheDataset], test: Sequence[AvalancheDataset]) -> CLScenario:
+def task_incremental(train: Sequence[ClassificationDataset], test: Sequence[ClassificationDataset]) -> Scenario:
     """The scenario whose experience k holds `train[k]` and `test[k]` under task label k."""
     return task_incremental_benchmark(benchmark_from_datasets(train=train, test=test))
 
 
 def labelled(
-    dataset: Dataset[Any],
+    dataset: Dataset[object],
     targets: Sequence[int],
-    transform: Callable[[Any], Any] | None = None,
-    target_transform: Callable[[Any], Any] | None = None,
+    transform: Callable[..., object] | None = None,
+    target_transform: Callable[..., object] | None = None,
 ) -> ClassificationDataset:
     """`dataset` as Avalanche's, with `targets` (dataset class ids); training and evaluation transform alike."""
     pair = (transform, target_transform)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from PIL.Image import Image
 from torch.utils.data import Subset
@@ -27,6 +28,7 @@ from distributed_eg.errors import InputError
 CLASSES_PER_TASK = 2
 CLASSES_PER_DATASET = 10
 
+Leaf: TypeAlias = datasets.MNIST | datasets.CIFAR10
 # Benchmark -> the torchvision datasets that its tasks come from, in turns.
 SPLITS: dict[str, tuple[str, ...]] = {
     "split-mnist": ("MNIST",),
@@ -92,12 +94,13 @@ def torchvision_split(
     )
 
 
-def _open(source: str, name: str, data: str | Path | None, *, train: bool, download: bool) -> Any:
+def _open(source: str, name: str, data: str | Path | None, *, train: bool, download: bool) -> Leaf:
     """The torchvision dataset called `source`, from the folder `data`."""
     where = "no folder was given" if data is None else f"{data} does not have it"
     if data is not None:
         try:
-            return getattr(datasets, source)(str(data), train=train, download=download)
+            leaf: Leaf = getattr(datasets, source)(str(data), train=train, download=download)
+            return leaf
         except (RuntimeError, OSError) as error:
             if download:
                 raise InputError(f"{name} could not download {source} into --data {data}: {error}") from error
@@ -107,8 +110,8 @@ def _open(source: str, name: str, data: str | Path | None, *, train: bool, downl
 
 
 def _choose(
-    labels: np.ndarray[Any, Any], first: int, count: int | None, option: str, rng: np.random.Generator
-) -> np.ndarray[Any, Any]:
+    labels: npt.NDArray[np.int64], first: int, count: int | None, option: str, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
     """Sorted indices of `count` samples (None: all) of each class of the task that starts at class `first`."""
     chosen = []
     for label in range(first, first + CLASSES_PER_TASK):
@@ -119,7 +122,9 @@ def _choose(
     return np.sort(np.concatenate(chosen))
 
 
-def _view(leaf: Any, indices: np.ndarray[Any, Any], offset: int, transform: Any) -> ClassificationDataset:
+def _view(
+    leaf: Leaf, indices: npt.NDArray[np.int64], offset: int, transform: transforms.Compose
+) -> ClassificationDataset:
     """The samples `indices` of `leaf`, with their class ids raised by `offset`."""
     targets = (np.asarray(leaf.targets)[indices] + offset).tolist()
     return labelled(Subset(leaf, indices.tolist()), targets, transform, partial(add, offset) if offset else None)

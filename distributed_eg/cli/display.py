@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 
 from distributed_eg.cli.outcome import RunOutcome, TaskOutcome
-from distributed_eg.runtime.dispatcher import Progress
+from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
 
 

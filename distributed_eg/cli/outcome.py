@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distributed_eg.benchmarks.benchmark import Benchmark
+    from distributed_eg.strategy.strategy import ExpertGateStrategy
 
 _NEAR_TIE = 0.001
-_QUANTITIES = {"gate": "Gate_Acc", "expert": "Expert_Acc", "end_to_end": "EndToEnd_Acc"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class RunOutcome:
     tasks: list[TaskOutcome]
 
 
-def outcome_of(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: float, eval_s: float) -> RunOutcome:
+def outcome_of(
+    strategy: ExpertGateStrategy, metrics: Mapping[str, float], benchmark: Benchmark, train_s: float, eval_s: float
+) -> RunOutcome:
     """What a trained and evaluated strategy came to, from its tables and metrics."""
     relatedness = strategy.relatedness.to_pylist()
     chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
@@ -57,24 +63,31 @@ def outcome_of(strategy: Any, metrics: dict[str, Any], benchmark: Any, train_s: 
     for row in strategy.registry.to_pylist():
         task, label = row["task"], row["label"]
         tail = f"_Exp/eval_phase/test_stream/Task{label:03d}/Exp{task:03d}"
-        accuracies = {f"{name}_accuracy": metrics[quantity + tail] for name, quantity in _QUANTITIES.items()}
-        kept = {name: row[name] for name in ("parent", "transfer", "train_s", "worker")}
-        sums = {name: row[name] for name in ("autoencoder_sha256", "expert_sha256")}
         tasks.append(
             TaskOutcome(
                 task=task,
                 label=label,
                 name=benchmark.task_names[task],
                 domain=benchmark.domains[task],
+                parent=row["parent"],
+                transfer=row["transfer"],
                 relatedness=chosen.get(task),
                 near_tie=ties.get(task),
-                **kept,
-                **sums,
-                **accuracies,
+                gate_accuracy=metrics["Gate_Acc" + tail],
+                expert_accuracy=metrics["Expert_Acc" + tail],
+                end_to_end_accuracy=metrics["EndToEnd_Acc" + tail],
+                autoencoder_sha256=row["autoencoder_sha256"],
+                expert_sha256=row["expert_sha256"],
+                train_s=row["train_s"],
+                worker=row["worker"],
             )
         )
-    means = {
-        f"{name}_accuracy": sum(getattr(task, f"{name}_accuracy") for task in tasks) / len(tasks)
-        for name in _QUANTITIES
-    }
-    return RunOutcome(**means, train_s=train_s, eval_s=eval_s, run_dir=strategy.run_dir or "", tasks=tasks)
+    return RunOutcome(
+        gate_accuracy=sum(task.gate_accuracy for task in tasks) / len(tasks),
+        expert_accuracy=sum(task.expert_accuracy for task in tasks) / len(tasks),
+        end_to_end_accuracy=sum(task.end_to_end_accuracy for task in tasks) / len(tasks),
+        train_s=train_s,
+        eval_s=eval_s,
+        run_dir=strategy.run_dir or "",
+        tasks=tasks,
+    )

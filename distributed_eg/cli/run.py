@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,11 @@ from distributed_eg.cli.outcome import RunOutcome, outcome_of
 from distributed_eg.config import ClusterConfig, Engine
 from distributed_eg.errors import InputError
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
+
+if TYPE_CHECKING:
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from distributed_eg.cli.display import Display
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +104,8 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
         print(json.dumps(asdict(outcome)))
 
 
-def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunOutcome:
+def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> RunOutcome:
     import torch
-    from avalanche.training.plugins import EvaluationPlugin
 
     from distributed_eg.strategy.model import ExpertGate
     from distributed_eg.strategy.strategy import ExpertGateStrategy
@@ -131,7 +135,7 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunO
         train_mb_size=options.batch_size,
         train_epochs=options.epochs,
         eval_mb_size=32,
-        evaluator=_silent_evaluator(EvaluationPlugin),
+        evaluator=_silent_evaluator(),
         ae_latent_dim=options.latent_dim,
         rel_thresh=options.rel_thresh,
         seed=options.seed,
@@ -151,18 +155,20 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Any) -> RunO
     ) as strategy:
         started = time.perf_counter()
         with display.training(benchmark.task_names):
-            strategy.train(benchmark.scenario.train_stream)
+            strategy.train(benchmark.scenario.streams["train"])
         trained = time.perf_counter()
         with display.evaluating():
-            metrics = strategy.eval(benchmark.scenario.test_stream)
+            metrics = strategy.eval(benchmark.scenario.streams["test"])
         evaluated = time.perf_counter()
         return outcome_of(strategy, metrics, benchmark, trained - started, evaluated - trained)
 
 
-def _silent_evaluator(plugin: Any) -> Any:
+def _silent_evaluator() -> EvaluationPlugin:
     import warnings
+
+    from avalanche.training.plugins import EvaluationPlugin
 
     with warnings.catch_warnings():
         # The command shows its own progress: no logger is what we want.
         warnings.filterwarnings("ignore", message="No loggers specified")
-        return plugin()
+        return EvaluationPlugin()

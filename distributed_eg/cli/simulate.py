@@ -67,12 +67,12 @@ def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> 
 def _replay(seed: int, out: TextIO) -> Totals:
     from distributed_eg.schedule.simulation import runs as schedules
 
-    totals = schedules.Totals(broken=schedules.replay(seed))
-    if totals.broken is None:
-        report = schedules.simulate(seed)
-        totals.count(report)
-        print(report.plan, *report.events, sep="\n", file=out)
-    return totals
+    broken = schedules.replay(seed)
+    if broken is not None:
+        return schedules.Totals(broken=broken)
+    report = schedules.simulate(seed)
+    print(report.plan, *report.events, sep="\n", file=out)
+    return report.totals
 
 
 def _tell(totals: Totals, seconds: float, out: TextIO) -> None:

@@ -218,15 +218,14 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None, pa
     members = torchvision.models.get_model_weights(arch)
     member = None
     if weights is not None:
-        by_name = {item.name: item for item in members}
-        by_name["DEFAULT"] = members.DEFAULT
+        by_name = members.__members__
         if weights.split(".")[-1] not in by_name:
             raise BackboneError(
                 f"weights={weights!r} is neither a file nor a weights name of {arch} ({', '.join(by_name)})."
             )
         member = by_name[weights.split(".")[-1]]
     elif path is None and pretrained:
-        member = members.DEFAULT
+        member = members["DEFAULT"]
     try:
         network: nn.Module = torchvision.models.get_model(arch, weights=member)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

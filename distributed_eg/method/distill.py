@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_eg.method.expert import find_head, get_head, set_head
+from distributed_eg.method.expert import Head, find_head, get_head, set_head
 
 
 class Distillation:
@@ -57,7 +56,7 @@ class Distillation:
         self._hook.remove()
         set_head(self.student, self.head_name, self.head)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Without the last pass's outputs: a student that is copied in training takes this along through its hook."""
         return {**self.__dict__, "_old_logits": None}
 
@@ -79,9 +78,9 @@ class _TwoHeads(nn.Module):
         return torch.cat([self.new(inputs), self.old(inputs)], dim=1)
 
 
-def num_outputs(head: nn.Module) -> int:
+def num_outputs(head: Head) -> int:
     """Classes of a head."""
-    return head.out_features if isinstance(head, nn.Linear) else head.out_channels  # type: ignore[return-value]
+    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temp: float) -> Tensor:

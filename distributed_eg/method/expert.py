@@ -47,6 +47,7 @@ def new_head(like: Head, num_classes: int) -> Head:
     """A freshly initialised head as ``like``, with ``num_classes`` outputs; draws from torch's global generator."""
     if isinstance(like, nn.Linear):
         return nn.Linear(like.in_features, num_classes, bias=like.bias is not None)
+    # Torch's types say of what a convolution keeps less than of what it takes.
     return nn.Conv2d(
         like.in_channels,
         num_classes,

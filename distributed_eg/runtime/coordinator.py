@@ -6,25 +6,15 @@ the same directory knows the same. It writes for one driver only, and for none a
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from distributed_eg.errors import RunInUseError, StorageError
 from distributed_eg.store import records
 from distributed_eg.store.lease import superseded
-from distributed_eg.store.records import (
-    AutoencoderRecord,
-    RelatednessRecord,
-    StageTiming,
-    StatisticsRecord,
-    TaskManifest,
-    TaskRecord,
-)
+from distributed_eg.store.records import Record, RecordOfTask, TaskTimings, artifact_of_record
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import export_tables
-from distributed_eg.types import TaskId
-
-Record: TypeAlias = StatisticsRecord | TaskRecord | AutoencoderRecord | RelatednessRecord | TaskManifest
 
 
 class CoordinatorApi(Protocol):
@@ -34,15 +24,13 @@ class CoordinatorApi(Protocol):
         """Everything recorded so far."""
 
     def record(self, record: Record) -> Artifact:
-        """Seal a record; sealing the same one again changes nothing, and what a failed task left may be replaced.
+        """Seal a record of a kind that the registry keeps. Timings, and what a failed task left, may be replaced;
+        records of a sealed task, and the statistics once any task is sealed, may only be offered again unchanged.
 
         Raises:
-            StorageError: the run directory cannot be written, or holds another record for a sealed task.
+            StorageError: the run directory cannot be written, or holds another record that may not be replaced.
             RunInUseError: a later driver has taken the run over.
         """
-
-    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
-        """Keep who did what for how long, beside the records."""
 
     def export(self) -> None:
         """Write the tables as Parquet."""
@@ -71,38 +59,17 @@ class Coordinator:
         """Seal a record, then keep it."""
         self._refuse_if_superseded()
         registry = self.registry()
-        if isinstance(record, TaskRecord):
-            if record.task in registry.manifests:
-                _same_or_new(f"the arrival of task {record.task}", registry.arrivals.get(record.task), record)
-            artifact = records.write_task(self._storage, record)
-            registry.arrivals[record.task] = record
-        elif isinstance(record, StatisticsRecord):
-            if registry.manifests:
-                _same_or_new("statistics", registry.statistics, record)
-            artifact = records.write_statistics(self._storage, record)
-            registry.statistics = record
-        elif isinstance(record, AutoencoderRecord):
-            if record.task in registry.manifests:
-                _same_or_new(f"the autoencoder of task {record.task}", registry.autoencoders.get(record.task), record)
-            artifact = records.write_autoencoder(self._storage, record)
-            registry.autoencoders[record.task] = record
-        elif isinstance(record, RelatednessRecord):
-            if record.task in registry.manifests:
-                _same_or_new(f"the relatedness of task {record.task}", registry.relatedness.get(record.task), record)
-            artifact = records.write_relatedness(self._storage, record)
-            registry.relatedness[record.task] = record
-            registry.relatedness_artifacts[record.task] = artifact
-        else:
-            _same_or_new(f"task {record.task}", registry.manifests.get(record.task), record)
-            artifact = records.write_manifest(self._storage, record)
-            registry.manifests[record.task] = record
+        known = None if isinstance(record, TaskTimings) else registry.find(record)
+        sealed = record.task in registry.manifests if isinstance(record, RecordOfTask) else bool(registry.manifests)
+        # Compared by what they are sealed as, where NaN equals NaN and a tuple a list.
+        if sealed and known is not None and artifact_of_record(known) != artifact_of_record(record):
+            raise StorageError(
+                f"The run directory already holds another {record.path!r}, on which a sealed task rests: {known}; "
+                f"offered: {record}."
+            )
+        artifact = records.seal(self._storage, record)
+        registry.add(record)
         return artifact
-
-    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
-        """Keep who did what for how long."""
-        self._refuse_if_superseded()
-        records.write_timings(self._storage, task, timings)
-        self.registry().timings[task] = timings
 
     def export(self) -> None:
         """Write the tables as Parquet."""
@@ -115,8 +82,3 @@ class Coordinator:
                 f"Another driver has taken over the run in {self._storage.uri!r}: this one gave no sign of life for "
                 "too long. Nothing more is written; what it had recorded is kept."
             )
-
-
-def _same_or_new(what: str, known: Record | None, offered: Record) -> None:
-    if known is not None and known != offered:
-        raise StorageError(f"The run directory already holds another record for {what}: {known}; offered: {offered}.")

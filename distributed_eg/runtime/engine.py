@@ -1,4 +1,4 @@
-"""The seam between the session and where calls run: what an engine must do, and what it reports."""
+"""The seam between a run and where its calls run: what an engine must do, and what it reports."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ from typing import Protocol, TypeAlias
 from distributed_eg.runtime.coordinator import CoordinatorApi
 from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A worker is gone, with the calls that it was given."""
-
-    worker: str
-    message: str
-    calls: tuple[int, ...]
-    cause: Cause
+from distributed_eg.schedule.events import WorkerJoined, WorkerLeaving, WorkerLost
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A call ended, well or not."""
+    """A call ended, well or not; ``call`` is what it was submitted as."""
 
-    call: int
+    call: int | None
     worker: str
     outcome: Done | Raised
 
 
-Report: TypeAlias = WorkerJoined | WorkerLeaving | Lost | Ended
+Report: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | Ended
 
 
 class Engine(Protocol):
@@ -57,11 +47,12 @@ class Engine(Protocol):
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
 
-    def submit(self, call: int, worker: str, request: Request) -> None:
-        """Begin a call; its ``Ended`` carries the same number."""
+    def submit(self, call: int | None, worker: str, request: Request) -> None:
+        """Begin a call; its ``Ended`` carries the same number, None where nobody waits for it."""
 
     def wait(self) -> list[Report]:
-        """Reports since the last call, lost workers first; waits a moment for the first.
+        """Reports since the last call, lost workers first; waits a moment for the first. What a lost worker was given
+        ends with it, and is not reported.
 
         Raises:
             ResourceError: no worker came up in time.

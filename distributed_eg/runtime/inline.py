@@ -26,11 +26,15 @@ class InlineEngine:
         self.coordinator: CoordinatorApi = Coordinator(storage_uri, generation)
         self._worker: TaskWorker | None = None
         self._reports: deque[Report] = deque()
-        self._calls: deque[tuple[int, Request]] = deque()
+        self._calls: deque[tuple[int | None, Request]] = deque()
 
     def put(self, data: bytes) -> Any:
         """Keep a leaf's bytes as they are."""
         return data
+
+    def get(self, reference: Any) -> bytes:
+        """A leaf's bytes."""
+        return bytes(reference)
 
     def start(self) -> None:
         """Nothing to start."""
@@ -46,7 +50,7 @@ class InlineEngine:
         """This process, once it is a worker."""
         return [] if self._worker is None else [WorkerJoined(_WORKER, _NODE)]
 
-    def submit(self, call: int, worker: str, request: Request) -> None:
+    def submit(self, call: int | None, worker: str, request: Request) -> None:
         """Queue a call; ``wait`` carries it out."""
         self._calls.append((call, request))
 

@@ -6,19 +6,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from distributed_eg.config import MethodConfig
+from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.errors import ExpertGateError
 from distributed_eg.runtime.shipping import Shipped
-from distributed_eg.schedule.events import Cause
+from distributed_eg.schedule.events import Cause, Stage
 from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.experts import ExpertRef, GateRef
-from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
+from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
 from distributed_eg.store.storage import Artifact
 from distributed_eg.types import TaskId, TransferChoice
 
@@ -34,16 +33,13 @@ class WorkerSetup:
     storage_uri: str
     run_id: str
     generation: int
-    scratch: str | None
     root: Shipped
     feature_layer: str
     shape: tuple[int, int, int]
     method: MethodConfig
-    threads: int
-    max_resident_experts: int
+    cluster: ClusterConfig
     device: str | None
     """None: the GPU that the worker was given, else the CPU."""
-    checkpoint_every_s: float = 60.0
 
     @property
     def scratch_folder(self) -> Path:
@@ -53,7 +49,7 @@ class WorkerSetup:
     @property
     def scratch_of_run(self) -> Path:
         """The folder that holds those of all the run's drivers."""
-        return Path(self.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.run_id}"
+        return Path(self.cluster.scratch or tempfile.gettempdir()) / f"distributed-eg-{self.run_id}"
 
 
 @dataclass(frozen=True)
@@ -82,23 +78,15 @@ class TaskData:
 
 @dataclass(frozen=True)
 class TaskInput:
-    """One task of a stream, ready to be worked on.
+    """One task of a stream, ready to be worked on: what arrived, and its data as they are shipped.
 
-    ``classes`` are those of all its versions; ``versions`` their numbers, this one's last. ``continues`` is the version
-    that autoencoder and expert go on from, None where both start anew. ``key`` names its feature files: a number may
-    be used again after a failure, for other data. ``identity`` is what data and settings are recognised by, as JSON
-    values.
+    ``key`` names its feature files: a number may be used again after a failure, for other data.
     """
 
-    task: TaskId
-    label: int
-    classes: tuple[int, ...]
+    record: TaskRecord
     data: Shipped
     experience: ExperienceInfo
     key: str
-    versions: tuple[TaskId, ...]
-    continues: TaskId | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,7 +184,7 @@ class GateAndExperts:
 class EvaluateRequest:
     """Route and predict samples [first, last) of an evaluation dataset, ``batch_size`` at a time.
 
-    ``run`` ships a ``GateAndExperts``, the same for every request of a stream. ``right_tasks`` holds, for each of
+    ``gate_and_experts`` ships one ``GateAndExperts`` for every request of a stream. ``right_tasks`` holds, for each of
     these samples, the task that it belongs to, −1 where no expert knows it.
     """
 
@@ -204,7 +192,7 @@ class EvaluateRequest:
     first: int
     last: int
     batch_size: int
-    run: Shipped
+    gate_and_experts: Shipped
     right_tasks: tuple[int, ...]
 
 
@@ -215,24 +203,8 @@ class DropRequest:
     key: str
 
 
-Request: TypeAlias = (
-    FeaturesRequest
-    | ReferenceRequest
-    | AutoencoderRequest
-    | RelateRequest
-    | ExpertRequest
-    | EvaluateRequest
-    | DropRequest
-)
-
-
-@dataclass(frozen=True)
-class FeaturesResult:
-    """Counts of a task's features, and the statistics where they were asked for."""
-
-    num_train: int
-    num_valid: int
-    statistics: StatisticsRecord | None
+StageRequest: TypeAlias = FeaturesRequest | AutoencoderRequest | RelateRequest | ExpertRequest
+Request: TypeAlias = StageRequest | ReferenceRequest | EvaluateRequest | DropRequest
 
 
 @dataclass(frozen=True)
@@ -246,23 +218,21 @@ class ExpertResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Answers for consecutive samples, one row a sample.
+    """Answers for consecutive samples, one row a sample, on the CPU.
 
     ``log_probabilities`` (n, len(classes)) are over the dataset class ids ``classes``, those of all experts that
     answered. ``expert_predictions`` are the class ids that the right task's expert predicts, −1 where there is none.
     """
 
-    targets: np.ndarray
-    tasks: np.ndarray
-    confidences: np.ndarray
-    classes: np.ndarray
-    log_probabilities: np.ndarray
-    expert_predictions: np.ndarray
+    targets: Tensor
+    tasks: Tensor
+    confidences: Tensor
+    classes: Tensor
+    log_probabilities: Tensor
+    expert_predictions: Tensor
 
 
-Result: TypeAlias = (
-    FeaturesResult | StatisticsRecord | AutoencoderRecord | RelatednessRecord | ExpertResult | EvaluateResult | None
-)
+Result: TypeAlias = StatisticsRecord | AutoencoderRecord | RelatednessRecord | ExpertResult | EvaluateResult | None
 
 
 @dataclass(frozen=True)
@@ -282,3 +252,21 @@ class Raised:
     traceback: str
     seconds: float
     cause: Cause = Cause.RAISED
+
+
+State: TypeAlias = Literal["started", "finished", "failed", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Something that a person who waits wants to know; "kept": an earlier driver left the stage's result."""
+
+    task: TaskId
+    label: int
+    stage: Stage
+    state: State
+    worker: str
+    seconds: float = 0.0
+
+
+Observer: TypeAlias = Callable[[Progress], None]

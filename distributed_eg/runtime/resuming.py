@@ -26,9 +26,14 @@ _NOTHING = object()
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each value that differs, sorted by key: ``method.seed: the run has 0, now 1``.
 
-    Both are compared as JSON, where a tuple equals a list; nan equals nan.
+    Both are compared as JSON, where a tuple equals a list; nan equals nan. Data that were told by all their content,
+    before this was done by their samples, are compared by what both descriptions know.
     """
     old, new = (dict(_flat(json.loads(json.dumps(side)), "")) for side in (then, now))
+    for content in [key for key in old.keys() - new.keys() if key.rpartition(".")[2] == "content"]:
+        samples, indices = (content.removesuffix("content") + name for name in ("samples", "indices"))
+        if samples in new.keys() - old.keys() and indices in old.keys() & new.keys():
+            del old[content], new[samples]
     lines = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key, _NOTHING), new.get(key, _NOTHING)
@@ -65,6 +70,12 @@ def take_up(storage: Storage, recorded: Registry, registry: Registry, arrival: T
     # Autoencoders of others were made under the statistics that the first task's data gave.
     begun |= bool(recorded.autoencoders) and task == min(recorded.arrivals)
     lines = differences(_described(before), _described(arrival))
+    if _has_content(before) and not any(map(_has_content, registry.arrivals.values())):  # told once
+        logger.warning(
+            "The run in %r was begun by an earlier version, which noted no samples of its tasks' data: these are "
+            "compared by their classes, lengths, indices and targets.",
+            storage.uri,
+        )
     # Nothing was learnt from the data of a task that failed early: they may have been corrected since.
     if lines and (begun or before.label != arrival.label):
         raise refuse(f"another task {task}", storage.uri, lines)
@@ -75,17 +86,17 @@ def take_up(storage: Storage, recorded: Registry, registry: Registry, arrival: T
 
 def _whole_stages(storage: Storage, recorded: Registry, registry: Registry, task: TaskId) -> Iterator[Stage]:
     autoencoder, manifest = recorded.autoencoders.get(task), recorded.manifests.get(task)
-    registry.timings[task] = recorded.timings.get(task, [])
+    if task in recorded.timings:
+        registry.add(recorded.timings[task])
     if autoencoder is not None and is_whole(storage, autoencoder.artifact):
-        registry.autoencoders[task] = autoencoder
+        registry.add(autoencoder)
         yield Stage.AUTOENCODER
         yield Stage.FEATURES
     if task in recorded.relatedness:
-        registry.relatedness[task] = recorded.relatedness[task]
-        registry.relatedness_artifacts[task] = recorded.relatedness_artifacts[task]
+        registry.add(recorded.relatedness[task])
         yield Stage.RELATE
     if manifest is not None and task in recorded.relatedness and is_whole(storage, manifest.expert):
-        registry.manifests[task] = manifest
+        registry.add(manifest)
         yield Stage.EXPERT
 
 
@@ -97,6 +108,11 @@ def is_whole(storage: Storage, artifact: Artifact) -> bool:
         logger.warning("%s Its stage is run again.", error)
         return False
     return True
+
+
+def _has_content(record: TaskRecord) -> bool:
+    """Whether an earlier version of this package told the data, by all their content."""
+    return "content" in record.identity.get("data", {})
 
 
 def _described(record: TaskRecord) -> dict[str, Any]:

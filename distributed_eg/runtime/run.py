@@ -1,4 +1,4 @@
-"""Opening a run: its directory, its identity, its engine."""
+"""A run as its driver holds it: opened on a run directory, trained and evaluated on an engine's workers, closed."""
 
 from __future__ import annotations
 
@@ -10,55 +10,215 @@ import platform
 import shutil
 import tempfile
 import uuid
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from distributed_eg.config import ClusterConfig, MethodConfig
-from distributed_eg.errors import StorageError
-from distributed_eg.runtime.dispatcher import Observer
+from distributed_eg.errors import ExpertGateError, StorageError
+from distributed_eg.runtime.dispatcher import Dispatcher, TaskSource
 from distributed_eg.runtime.engine import Engine
 from distributed_eg.runtime.inline import InlineEngine
-from distributed_eg.runtime.messages import WorkerSetup
-from distributed_eg.runtime.resuming import differences, refuse
-from distributed_eg.runtime.session import Session
+from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
+from distributed_eg.runtime.pool import run_all
+from distributed_eg.runtime.resuming import differences, is_whole, refuse
+from distributed_eg.runtime.shipping import Shipped, Shipper
 from distributed_eg.runtime.signals import uninterrupted
-from distributed_eg.store import layout
-from distributed_eg.store.experts import ExpertReader
+from distributed_eg.schedule.events import WorkerJoined
+from distributed_eg.schedule.machine import Machine
+from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
+from distributed_eg.store.records import RunRecord, StatisticsRecord
+from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage, artifact_of
 from distributed_eg.store.weights import pack_tensors
 
 logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "torchvision", "avalanche-lib", "safetensors", "pyarrow")
+_TASKS_AHEAD = 4
+_ATTEMPTS_PER_DRIVER = 10**9
 
 
-class OpenRun:
-    """A session with what has to be closed after it."""
+@dataclass(frozen=True)
+class Root:
+    """The pretrained network that experts are copies of, where the backbone ends in it, and for images of what shape.
+
+    ``described`` tells one root from another, as JSON values.
+    """
+
+    network: nn.Module
+    feature_layer: str
+    shape: tuple[int, int, int]
+    described: Mapping[str, object]
+
+
+class Run:
+    """One driver's work on one run; made by ``open``.
+
+    Args:
+        storage: the run directory.
+        lease: the right to write it.
+        engine: where requests run; started.
+        setup: what its workers are made from.
+        observer: told of every stage that starts or ends.
+        is_new: whether the storage held no run before.
+    """
 
     def __init__(
-        self, storage: Storage, lease: Lease, engine: Engine, session: Session, setup: WorkerSetup, *, is_new: bool
+        self,
+        storage: Storage,
+        lease: Lease,
+        engine: Engine,
+        setup: WorkerSetup,
+        observer: Observer | None,
+        *,
+        is_new: bool,
     ) -> None:
         self.storage = storage
-        self.engine = engine
-        self.session = session
-        self.threads = setup.threads
-        self.reader: ExpertReader | None = None
-        """What the driver's model reads experts with, once it has a gate."""
         self._lease = lease
-        self._scratch = setup.scratch_of_run
+        self._engine = engine
+        self._setup = setup
+        self._observer = observer
         self._is_new = is_new
+        # Numbers of a later driver lie above all that an earlier one can have given out.
+        self._first_attempt = setup.generation * _ATTEMPTS_PER_DRIVER
+        self._has_reference = False
+        self._recorded = engine.coordinator.registry().snapshot()
+        self.registry = Registry(statistics=self._whole_statistics())
+        """What this driver has seen: a resumed run's tasks come in as the stream brings them again."""
+
+    @staticmethod
+    def open(
+        cluster: ClusterConfig,
+        method: MethodConfig,
+        root: Root,
+        settings: Mapping[str, object],
+        device: str | None = None,
+        observer: Observer | None = None,
+    ) -> Run:
+        """Take the lease, start the engine, then write what the run is, or see that it is what the storage holds.
+
+        Args:
+            cluster: where to run, and where the run is kept.
+            method: the run's numbers.
+            root: stored once, and shipped to every worker.
+            settings: what else makes a run what it is, as JSON values.
+            device: where workers compute; None: the GPU that each was given, else the CPU.
+            observer: told of every stage that starts or ends.
+
+        Raises:
+            StorageError: the storage cannot be written, or holds a run that is not to be resumed.
+            RunInUseError: another driver works on the run.
+            ResumeError: the storage holds a run that was begun with something else.
+            ResourceError: the cluster cannot hold such workers.
+        """
+        uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
+        path, weights = pack_tensors("root", root.network.state_dict())
+        described = {**root.described, "root": asdict(artifact_of(path, weights))}
+        wanted = _record(cluster, method, root, described, settings)
+        with contextlib.ExitStack() as undo:
+            if cluster.storage is None:
+                undo.callback(shutil.rmtree, uri, ignore_errors=True)
+            storage = Storage(uri)
+            _known_run(storage, cluster.resume)  # a run that is refused is not touched
+            lease = Lease.acquire(storage)
+            undo.callback(lease.release)
+            known = _known_run(storage, cluster.resume)
+            run_id = wanted.run_id if known is None else _same_run(uri, known, wanted)
+            storage.sweep()
+            engine = _engine(cluster, uri, run_id, lease.generation)
+            undo.callback(engine.close)
+            engine.start()
+            storage.write(path, weights)
+            shipped, _ = engine.shipper.ship(root.network, "the backbone")
+            setup = WorkerSetup(
+                uri, run_id, lease.generation, shipped, root.feature_layer, root.shape, method, cluster, device
+            )
+            run = Run(storage, lease, engine, setup, observer, is_new=known is None)
+            if known is None:
+                # Last: a run that could not be started is none, and its storage can be used again.
+                records.seal(storage, wanted)
+            undo.pop_all()
+            return run
+
+    @property
+    def shipper(self) -> Shipper:
+        """Ships datasets to the workers."""
+        return self._engine.shipper
+
+    def workers(self) -> list[WorkerJoined]:
+        """Workers that are ready, and stay."""
+        return self._engine.workers()
+
+    def fit_reference(self, data: Shipped) -> None:
+        """Statistics and the root's autoencoder from a reference dataset, where the run has none yet."""
+        if self.registry.statistics is None:
+            self._engine.add_workers(self._setup, 1)
+            (record,) = run_all(self._engine, [ReferenceRequest(data)])
+            assert isinstance(record, StatisticsRecord)
+            self.adopt_reference(record)
+
+    def adopt_reference(self, record: StatisticsRecord) -> None:
+        """Take statistics, and the root's autoencoder, that are sealed in the run directory already."""
+        if self.registry.statistics != record:
+            self._engine.coordinator.record(record)
+            self.registry.add(record)
+        self._has_reference = True
+
+    def train(self, source: TaskSource, num_tasks: int | None, trainer: Shipped) -> None:
+        """Train every task of ``source``, pulled one by one as workers become free; ``num_tasks`` None: unknown.
+
+        Raises:
+            TaskFailedError: tasks failed; every task that did not need a failed one is committed. Where one task failed
+                by an error of ours, that error is raised itself.
+            Exception: what ``source`` raised, once everything that it gave before is done.
+        """
+        registry = self.registry
+        known = registry.statistics
+        final = known is not None and any(_is_final(known, seen) for seen in (registry, self._recorded))
+        if not final and not self._has_reference:
+            registry.statistics = None
+        self._engine.add_workers(self._setup, num_tasks)
+        machine = Machine(
+            registry.manifests,
+            has_statistics=registry.statistics is not None,
+            # A stream of unknown length may not fit in memory: it is read a little ahead of the work only.
+            tasks_per_worker=_TASKS_AHEAD if num_tasks is None else None,
+            first_attempt=self._first_attempt,
+            stop_on_failure=self._setup.cluster.on_task_failure == "stop",
+        )
+        dispatcher = Dispatcher(self._engine, self.storage, self._recorded, registry, source, trainer, self._observer)
+        try:
+            dispatcher.run(machine)
+        except Exception:
+            self._export_anyway()
+            raise
+        finally:
+            self._first_attempt = machine.next_attempt
+            if not machine.done:
+                self._engine.abandon_calls()
+        self._engine.coordinator.export()
+
+    def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
+        """Carry out ``requests`` on the workers; results in their order."""
+        self._engine.add_workers(self._setup, len(requests))
+        try:
+            results = run_all(self._engine, requests)
+        except BaseException:
+            self._engine.abandon_calls()
+            raise
+        return [result for result in results if isinstance(result, EvaluateResult)]
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; give the lease back. The run directory stays."""
         with uninterrupted(), contextlib.ExitStack() as last_first:
             last_first.callback(self._lease.release)
             last_first.callback(self._sweep)
-            last_first.callback(shutil.rmtree, self._scratch, ignore_errors=True)
-            last_first.callback(self.engine.close)
+            last_first.callback(shutil.rmtree, self._setup.scratch_of_run, ignore_errors=True)
+            last_first.callback(self._engine.close)
 
     def discard(self) -> None:
         """Close a run that did not come to be, so that its storage can be used again; one that was there stays."""
@@ -67,6 +227,21 @@ class OpenRun:
             for path in (layout.STATISTICS, layout.RUN):
                 if self._is_new and self.storage.exists(path):
                     last_first.callback(self.storage.delete, path)
+
+    def _whole_statistics(self) -> StatisticsRecord | None:
+        record = self._recorded.statistics
+        if record is None or not _is_final(record, self._recorded):
+            return None
+        return record if all([is_whole(self.storage, artifact) for artifact in record.artifacts]) else None
+
+    def _export_anyway(self) -> None:
+        """Write the tables, after an error that must not be hidden by another one."""
+        try:
+            self._engine.coordinator.export()
+        except ExpertGateError as error:
+            logger.warning(
+                "The tables were not written; they are exports only, and the next driver writes them. %s", error
+            )
 
     def _sweep(self) -> None:
         """Remove what workers left that were ended in mid-write, and nothing of a driver that took the run over."""
@@ -77,84 +252,32 @@ class OpenRun:
             logger.warning("The storage was not swept of unfinished files; the next driver does it. %s", error)
 
 
-def open_run(
+def _is_final(statistics: StatisticsRecord, registry: Registry) -> bool:
+    """Whether statistics are the run's for good. Those of a first task that failed before anything was learnt under
+    them are not: its data may have been corrected since."""
+    return statistics.root_autoencoder is not None or bool(registry.autoencoders)
+
+
+def _record(
     cluster: ClusterConfig,
     method: MethodConfig,
-    *,
-    settings: dict[str, Any],
-    root: nn.Module,
-    backbone: dict[str, Any],
-    feature_layer: str,
-    shape: tuple[int, int, int],
-    device: str | None,
-    observer: Observer | None,
-) -> OpenRun:
-    """Take the lease, start the engine, then write what the run is, or see that it is what the storage holds.
-
-    Args:
-        settings: what else makes a run what it is, for run.json.
-        root: the pretrained root network; stored once and shipped to every worker.
-        backbone: what tells one root network from another, for run.json.
-
-    Raises:
-        StorageError: the storage cannot be written, or holds a run that is not to be resumed.
-        RunInUseError: another driver works on the run.
-        ResumeError: the storage holds a run that was begun with something else.
-        ResourceError: the cluster cannot hold such workers.
-    """
-    uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
-    path, weights = pack_tensors("root", root.state_dict())
-    identity = {
-        "method": asdict(method),
-        "threads": cluster.threads,
-        "backbone": {
-            **backbone,
-            "root": asdict(artifact_of(path, weights)),
-            "feature_layer": feature_layer,
-            "shape": list(shape),
-        },
-        "settings": settings,
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "machine": {"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},
-    }
-    with contextlib.ExitStack() as undo:
-        if cluster.storage is None:
-            undo.callback(shutil.rmtree, uri, ignore_errors=True)
-        storage = Storage(uri)
-        _known_run(storage, cluster.resume)  # a run that is refused is not touched
-        lease = Lease.acquire(storage)
-        undo.callback(lease.release)
-        known = _known_run(storage, cluster.resume)
-        run_id = _same_run(uri, known, identity) if known else uuid.uuid4().hex[:12]
-        storage.sweep()
-        engine = _engine(cluster, uri, run_id, lease.generation)
-        undo.callback(engine.close)
-        engine.start()
-        storage.write(path, weights)
-        shipped, _ = engine.shipper.ship(root, "the backbone")
-        setup = WorkerSetup(
-            storage_uri=uri,
-            run_id=run_id,
-            generation=lease.generation,
-            scratch=cluster.scratch,
-            root=shipped,
-            feature_layer=feature_layer,
-            shape=shape,
-            method=method,
-            threads=cluster.threads,
-            max_resident_experts=cluster.max_resident_experts,
-            device=device,
-            checkpoint_every_s=cluster.checkpoint_every_s,
-        )
-        session = Session(engine, storage, setup, cluster.on_task_failure, observer)
-        if known is None:
-            # Last: a run that could not be started is none, and its storage can be used again.
-            storage.write_record(layout.RUN, {"run_id": run_id, **identity})
-        undo.pop_all()
-        return OpenRun(storage, lease, engine, session, setup, is_new=known is None)
+    root: Root,
+    described: Mapping[str, object],
+    settings: Mapping[str, object],
+) -> RunRecord:
+    """What a new run would be."""
+    return RunRecord(
+        run_id=uuid.uuid4().hex[:12],
+        method=asdict(method),
+        threads=cluster.threads,
+        backbone={**described, "feature_layer": root.feature_layer, "shape": list(root.shape)},
+        settings=dict(settings),
+        libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        machine={"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},
+    )
 
 
-def _known_run(storage: Storage, resume: bool) -> dict[str, Any] | None:
+def _known_run(storage: Storage, resume: bool) -> RunRecord | None:
     if not storage.exists(layout.RUN):
         return None
     if not resume:
@@ -162,19 +285,19 @@ def _known_run(storage: Storage, resume: bool) -> dict[str, Any] | None:
             f"The storage {storage.uri!r} already holds a run; ClusterConfig(resume=True) goes on with it, and another "
             "storage begins a new one."
         )
-    return storage.read_record(layout.RUN)
+    return records.read(storage, RunRecord)
 
 
-def _same_run(uri: str, known: dict[str, Any], identity: dict[str, Any]) -> str:
+def _same_run(uri: str, known: RunRecord, wanted: RunRecord) -> str:
     """The run's id, once it is clear that this is the same run."""
-    decisive = ("method", "threads", "backbone", "settings")
-    lines = differences(*({name: values.get(name) for name in decisive} for values in (known, identity)))
+    then, now = asdict(known), asdict(wanted)
+    decisive, around = ("method", "threads", "backbone", "settings"), ("libraries", "machine")
+    lines = differences(*({name: values[name] for name in decisive} for values in (then, now)))
     if lines:
         raise refuse("other settings", uri, lines)
-    around = ("libraries", "machine")
-    for line in differences(*({name: values.get(name) for name in around} for values in (known, identity))):
+    for line in differences(*({name: values[name] for name in around} for values in (then, now))):
         logger.warning("Resuming %r on a machine of another kind, which may give other bytes: %s.", uri, line)
-    return str(known["run_id"])
+    return known.run_id
 
 
 def _absolute(uri: str) -> str:
@@ -185,8 +308,6 @@ def _absolute(uri: str) -> str:
 def _engine(cluster: ClusterConfig, uri: str, run_id: str, generation: int) -> Engine:
     if cluster.engine == "inline":
         return InlineEngine(uri, generation)
-    from distributed_eg.runtime.ray_backend.engine import (
-        RayEngine,  # Ray is not needed, nor loaded, for the inline engine
-    )
+    from distributed_eg.runtime.ray_backend.engine import RayEngine  # the inline engine needs no Ray, nor loads it
 
     return RayEngine(cluster, uri, run_id, generation)

@@ -48,6 +48,9 @@ class LeafStore(Protocol):
     def put(self, data: bytes) -> Any:
         """Keep ``data``; return what a worker's ``fetch`` finds it by."""
 
+    def get(self, reference: Any) -> Any:
+        """The bytes that ``put`` kept, on this process."""
+
 
 class _Leaf:
     """A leaf and where its bytes are; alive as long as any shipment that contains it."""
@@ -81,6 +84,15 @@ class Shipper:
         data = buffer.getvalue()
         view = data if len(data) < _INLINE_BYTES else self._store.put(data)
         return Shipped(view, tuple(leaf.reference for leaf in leaves)), leaves
+
+    def copy(self, value: Any, what: str) -> Any:
+        """A copy of ``value`` as a worker would get it: whatever is read from it changes nothing of the caller's.
+
+        Raises:
+            InputError: as in ``ship``.
+        """
+        shipped, _held = self.ship(value, what)
+        return shipped.load(self._store.get)
 
     def _leaf(self, dataset: Dataset[Any]) -> _Leaf:
         leaf = self._leaves.get(id(dataset))

@@ -78,13 +78,12 @@ class Loop(Generic[Result]):
 
     def tell(self, event: Event) -> None:
         """Tell the machine, and do what it says until it asks for nothing more."""
-        events: deque[Event] = deque([event])
-        while events:
-            event = events.popleft()
-            if isinstance(event, StageFinished | StageFailed):
-                del self.runs[event.attempt]
-            elif isinstance(event, WorkerLost):
+        events = [event]
+        for event in events:
+            if isinstance(event, WorkerLost):
                 self.runs = {attempt: run for attempt, run in self.runs.items() if run.worker != event.worker}
+            elif isinstance(event, (StageFinished, StageFailed)):
+                del self.runs[event.attempt]
             for instruction in self.machine.handle(event):
                 if isinstance(instruction, RunStage):
                     self.runs[instruction.attempt] = instruction

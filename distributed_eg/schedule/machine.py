@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, MutableSequence
 from dataclasses import dataclass, field
+from itertools import filterfalse
 
 from distributed_eg.schedule import events
 from distributed_eg.schedule.events import Cause, Event, Stage, StageFailed, StageFinished, TaskArrived, WorkerLost
@@ -26,7 +27,7 @@ _STAGES = tuple(Stage)
 # A ready expert goes first: it is the longest stage and others wait for it. Then whatever is nearest to its end, so
 # that few tasks hold features at a time.
 _PRIORITY = (Stage.EXPERT, Stage.RELATE, Stage.AUTOENCODER, Stage.FEATURES)
-_HISTORY = 50
+_HISTORY = 10
 
 
 class ScheduleError(AssertionError):
@@ -49,7 +50,7 @@ class _Task:
     @property
     def next_stage(self) -> Stage | None:
         """The first stage that has not ended well; None where all have."""
-        return next((stage for stage in _STAGES if stage not in self.done), None)
+        return next(filterfalse(self.done.__contains__, _STAGES), None)
 
 
 class Machine:
@@ -64,6 +65,7 @@ class Machine:
         tasks_per_worker: unfinished tasks that may be pulled ahead for each worker; None: as many as there are.
         first_attempt: number of the first attempt; a later driver's are above all that an earlier one has given out.
         stop_on_failure: whether the first task that fails ends the run, once everything that runs has ended.
+        history: where every event is noted; None: the last few are kept, to be told with an error.
     """
 
     def __init__(
@@ -74,11 +76,11 @@ class Machine:
         tasks_per_worker: int | None = None,
         first_attempt: int = 1,
         stop_on_failure: bool = False,
+        history: MutableSequence[Event] | None = None,
     ) -> None:
         self._committed = frozenset(committed)
         self._has_statistics = has_statistics
         self._tasks_per_worker = tasks_per_worker
-        self._first_attempt = first_attempt
         self._next_attempt = first_attempt
         self._stop_on_failure = stop_on_failure
         self._stopping = False
@@ -97,7 +99,7 @@ class Machine:
         self._busy: dict[str, RunStage] = {}
         self._pulling = False
         self._ended = False
-        self._history: deque[Event] = deque(maxlen=_HISTORY)
+        self._history: MutableSequence[Event] = deque(maxlen=_HISTORY) if history is None else history
 
     @property
     def done(self) -> bool:
@@ -124,16 +126,8 @@ class Machine:
         """Whether all stages of a task have ended well."""
         return task in self._tasks and self._tasks[task].next_stage is None
 
-    def is_current(self, task: TaskId, stage: Stage, attempt: int) -> bool:
-        """Whether that attempt runs: only its report counts, and only its result may be recorded."""
-        state = self._tasks.get(task)
-        run = None if state is None else state.run
-        return run is not None and (run.stage, run.attempt) == (stage, attempt)
-
     def handle(self, event: Event) -> list[Instruction]:
-        """Take one event in; return what to do now.
-
-        Reports of an attempt that is no longer the current one are ignored: the current one will report.
+        """Take one event in; return what to do now. Reports are of attempts that run: ``Loop`` ignores all others.
 
         Raises:
             ScheduleError: the event cannot happen now.
@@ -154,11 +148,11 @@ class Machine:
         elif isinstance(event, events.StreamEnded):
             self._ended, self._pulling = True, False
         else:
-            known = event.task in self._tasks or event.attempt < self._first_attempt
-            self._require(known, f"a report of the unknown task {event.task}")
-            if self.is_current(event.task, event.stage, event.attempt):
-                self._release(event.task)
-                instructions += self._finish(event) if isinstance(event, StageFinished) else self._fail(event)
+            run = self._tasks[event.task].run if event.task in self._tasks else None
+            runs = run is not None and (run.stage, run.attempt) == (event.stage, event.attempt)
+            self._require(runs, f"task {event.task}, attempt {event.attempt}: a report of what does not run")
+            self._release(event.task)
+            instructions += self._finish(event) if isinstance(event, StageFinished) else self._fail(event)
         instructions += self._start_stages()
         return instructions
 
@@ -173,13 +167,11 @@ class Machine:
         self._require(not (self._idle.keys() & self._busy.keys()), "a worker is idle and busy")
         starved = self._idle and any(self._ready.values()) and not self._stopping
         self._require(not starved, "a worker is idle though a stage is ready")
-        for task, state in self._tasks.items():
-            self._require(not (state.run is not None and state.failed), f"task {task} failed and runs")
-            run = state.run
-            if run is not None and run.stage is Stage.EXPERT and state.parent is not None:
-                self._require(
-                    self._expert_ready(state.parent), f"task {task} trains before its parent's expert is there"
-                )
+        for run in self._busy.values():
+            state = self._tasks[run.task]
+            self._require(not state.failed, f"task {run.task} failed and runs")
+            if run.stage is Stage.EXPERT and state.parent is not None:
+                self._require(self._expert_ready(state.parent), f"task {run.task} trains before its parent's expert")
         unfinished = self.unfinished
         self._require(len(unfinished) == self._num_unfinished, "unfinished tasks are miscounted")
         waiting = [*running, *self._wait_for_statistics, *self._wait_for_all_earlier]
@@ -204,13 +196,14 @@ class Machine:
     def _advance(self, task: TaskId) -> list[Instruction]:
         """Put a task that does not run where its next stage's needs let it be: ready, waiting, or given up."""
         state = self._tasks[task]
-        if state.next_stage is not Stage.EXPERT and self._statistics_are_lost():
+        stage = state.next_stage
+        if stage is not Stage.EXPERT and self._statistics_are_lost():
             needed = f"it needs the standardization statistics of task {self._first}, which failed"
             return self._give_up(task, needed)
-        if state.next_stage in (Stage.AUTOENCODER, Stage.RELATE) and not self._has_statistics:
+        if stage in (Stage.AUTOENCODER, Stage.RELATE) and not self._has_statistics:
             self._wait_for_statistics.append(task)
             return []
-        if state.next_stage is Stage.AUTOENCODER:
+        if stage is Stage.AUTOENCODER:
             if state.continues is not None and state.continues not in self._committed:
                 before = self._tasks[state.continues]
                 if before.failed:
@@ -218,18 +211,18 @@ class Machine:
                 if Stage.AUTOENCODER not in before.done:
                     self._wait_for_autoencoder[state.continues].append(task)
                     return []
-        elif state.next_stage is Stage.RELATE:
+        elif stage is Stage.RELATE:
             if self._first_without_autoencoder() < task:
                 heapq.heappush(self._wait_for_all_earlier, task)
                 return []
-        elif state.next_stage is Stage.EXPERT and state.parent is not None and not self._expert_ready(state.parent):
+        elif stage is Stage.EXPERT and state.parent is not None and not self._expert_ready(state.parent):
             if state.parent not in self._tasks or self._tasks[state.parent].failed:
                 needed = f"its expert starts from the expert of task {state.parent}, which failed or was left out"
                 return self._give_up(task, needed)
             self._wait_for_expert[state.parent].append(task)
             return []
-        assert state.next_stage is not None
-        heapq.heappush(self._ready[state.next_stage], task)
+        assert stage is not None
+        heapq.heappush(self._ready[stage], task)
         return []
 
     def _advance_all(self, tasks: Iterable[TaskId]) -> list[Instruction]:
@@ -240,7 +233,7 @@ class Machine:
         if event.stage is Stage.RELATE:
             known = event.parent is None or event.parent in self._committed or event.parent in self._tasks
             earlier = event.parent is None or event.parent < event.task
-            self._require(known and earlier, f"{event} names a parent that is unknown or later")
+            self._require(known and earlier, f"task {event.task} names parent {event.parent}, unknown or later")
             state.parent = event.parent
         state.done.add(event.stage)
         freed: list[TaskId] = []
@@ -286,12 +279,10 @@ class Machine:
         return reports + self._advance_all(freed)
 
     def _lose_worker(self, event: WorkerLost) -> list[Instruction]:
-        if event.worker not in self._nodes:  # it was leaving when this machine began, or is reported twice
-            return []
         run = self._busy.get(event.worker)
         if run is not None:
             self._release(run.task)
-        del self._nodes[event.worker]
+        self._nodes.pop(event.worker, None)  # unknown if it was leaving when this machine began, or is reported twice
         self._idle.pop(event.worker, None)
         self._leaving.discard(event.worker)
         if run is None:
@@ -309,7 +300,7 @@ class Machine:
 
     def _start_stages(self) -> list[Instruction]:
         instructions: list[Instruction] = []
-        if self._stopping:
+        if self._stopping or not self._idle:
             return instructions
         for stage in _PRIORITY:
             while self._idle and self._ready[stage]:
@@ -355,4 +346,4 @@ class Machine:
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
-            raise ScheduleError(f"{message}; last events: {list(self._history)[-10:]}")
+            raise ScheduleError(f"{message}; last events: {list(self._history)[-_HISTORY:]}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,30 +13,28 @@ import torch
 from torch import Tensor
 
 from distributed_eg.errors import DamagedFileError, StorageError
-from distributed_eg.store import layout
-from distributed_eg.store.storage import Artifact, Storage
+from distributed_eg.store import layout, records
+from distributed_eg.store.records import CheckpointRecord
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = frozenset(
-    {
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
-        *(torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
-    }
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
+_DICTS: dict[str, type[dict[Any, Any]]] = {"dict": dict, "ordered": OrderedDict, "counter": Counter}
 _ARRAY_KINDS = "biufcSUmM"
 """Kinds of numpy values that are nothing but their bytes."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A stage's state after ``epochs`` epochs.
-
-    ``key`` is of everything that makes the stage what it is; ``values`` and ``tensors`` are what ``encode`` gave.
-    """
+    """A stage's state after ``epochs`` epochs: ``values`` and ``tensors`` are what ``encode`` gave, ``key`` is of
+    everything that makes the stage what it is."""
 
     key: str
     epochs: int
@@ -58,21 +56,16 @@ class CheckpointSlot:
         Raises:
             StorageError: the run directory does not answer.
         """
-        path = layout.task_file(self.task, "checkpoint")
-        if not self.storage.exists(path):
+        if not self.storage.exists(CheckpointRecord.path_of(self.task)):
             return None
         try:
-            body = self.storage.read_record(path)
-            if body["key"] != self.key:
+            record = records.read(self.storage, CheckpointRecord, self.task)
+            if record is None or record.key != self.key:
                 return None
-            tensors = load_tensors(self.storage, Artifact(**body["tensors"]))
-            return Checkpoint(self.key, body["epochs"], body["values"], tensors)
+            return Checkpoint(self.key, record.epochs, record.values, load_tensors(self.storage, record.tensors))
         except StorageError as error:
-            logger.warning(
-                "The checkpoint of task %d cannot be used, and its expert is trained from the beginning: %s",
-                self.task,
-                error,
-            )
+            says = "The checkpoint of task %d cannot be used, and its expert is trained from the beginning: %s"
+            logger.warning(says, self.task, error)
             return None
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -81,24 +74,13 @@ class CheckpointSlot:
         Raises:
             StorageError: the run directory cannot be written.
         """
-        prefix = layout.task_weights(self.task, "checkpoint")
-        artifact = save_tensors(self.storage, prefix, checkpoint.tensors)
-        body = {
-            "task": self.task,
-            "key": checkpoint.key,
-            "epochs": checkpoint.epochs,
-            "values": checkpoint.values,
-            "tensors": asdict(artifact),
-        }
-        self.storage.write_record(layout.task_file(self.task, "checkpoint"), body)
-        _delete_weights(self.storage, self.task, but=artifact.path)
+        tensors = save_tensors(self.storage, layout.task_weights(self.task, "checkpoint"), checkpoint.tensors)
+        record = CheckpointRecord(self.task, checkpoint.key, checkpoint.epochs, checkpoint.values, tensors)
+        records.seal(self.storage, record)
+        _delete_weights(self.storage, self.task, but=tensors.path)
 
     def delete(self) -> None:
-        """Remove the checkpoint, so that the stage starts from its beginning.
-
-        Raises:
-            StorageError: a file may not be removed.
-        """
+        """Remove the checkpoint as ``delete_checkpoint`` does, so that the stage starts from its beginning."""
         delete_checkpoint(self.storage, self.task)
 
 
@@ -108,7 +90,7 @@ def delete_checkpoint(storage: Storage, task: TaskId) -> None:
     Raises:
         StorageError: a file may not be removed.
     """
-    path = layout.task_file(task, "checkpoint")
+    path = CheckpointRecord.path_of(task)
     if storage.exists(path):
         storage.delete(path)
     _delete_weights(storage, task)
@@ -117,8 +99,9 @@ def delete_checkpoint(storage: Storage, task: TaskId) -> None:
 def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A tree of plain values, tensors and arrays as JSON and tensors; ``decode`` gives back the same, bit for bit.
 
-    Trees are made of dicts with int or str keys (their order is kept), OrderedDicts, lists, tuples, None, bool, int,
-    float, str, dense tensors (detached; on a device of the same type when they come back) and numpy arrays and scalars.
+    Trees are made of dicts with int or str keys (their order is kept), OrderedDicts, Counters, lists, tuples, None,
+    bool, int, float, str, numpy arrays and scalars, and dense tensors (detached; on a device of the same type when they
+    come back). Parameters are refused: what trains one would not train the tensor that came back.
 
     Raises:
         TypeError: there is anything else; the message says where.
@@ -149,19 +132,19 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return [_encode(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]
     if kind is tuple:
         return {"tuple": [_encode(item, tensors, f"{path}[{i}]") for i, item in enumerate(value)]}
-    if kind in (dict, OrderedDict) and all(type(key) in (int, str) for key in value):
+    if kind in _DICTS.values() and all(type(key) in (int, str) for key in value):
         items = [[key, _encode(item, tensors, f"{path}[{key!r}]")] for key, item in value.items()]
-        return {"dict" if kind is dict else "ordered": items}
+        return {next(name for name, known in _DICTS.items() if known is kind): items}
     name = str(len(tensors))
-    if kind in (Tensor, torch.nn.Parameter) and value.layout is torch.strided and value.dtype in _DTYPES:
+    is_parameter = kind is Tensor and value.requires_grad and value.is_leaf
+    if kind is Tensor and not is_parameter and value.layout is torch.strided and value.dtype in _DTYPES:
         tensors[name] = value.detach()
         return {"tensor": name} if value.device.type == "cpu" else {"tensor": name, "device": value.device.type}
     if (kind is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in _ARRAY_KINDS:
         tensors[name] = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
         tag = "array" if kind is np.ndarray else "scalar"
         return {tag: name, "dtype": value.dtype.str, "shape": list(value.shape)}
-    what = f"a {kind.__module__}.{kind.__qualname__}"
-    raise TypeError(f"{what} at {path or 'the root'} cannot be stored in a checkpoint")
+    raise TypeError(f"a {kind.__module__}.{kind.__qualname__} at {path or 'the root'} cannot be stored in a checkpoint")
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -169,8 +152,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if "array" in value or "scalar" in value:
-        data = tensors[value["array" if "array" in value else "scalar"]].numpy().tobytes()
+    if name := value.get("array") or value.get("scalar"):
+        data = tensors[name].numpy().tobytes()
         array = np.frombuffer(data, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
         return array if "array" in value else array[()]
     if "tensor" in value:
@@ -180,13 +163,12 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return float(content)
     if kind == "tuple":
         return tuple(_decode(item, tensors) for item in content)
-    pairs = [(key, _decode(item, tensors)) for key, item in content]
-    return {"dict": dict, "ordered": OrderedDict}[kind](pairs)
+    return _DICTS[kind]({key: _decode(item, tensors) for key, item in content})
 
 
 def _delete_weights(storage: Storage, task: TaskId, but: str = "") -> None:
-    folder, _, name = layout.task_weights(task, "checkpoint").rpartition("/")
-    for found in storage.list(folder):
-        path = f"{folder}/{found}"
-        if found.startswith(f"{name}-") and path != but:
+    prefix = layout.task_weights(task, "checkpoint")
+    folder = prefix.rpartition("/")[0]
+    for path in [f"{folder}/{name}" for name in storage.list(folder)]:
+        if path.startswith(f"{prefix}-") and path != but:
             storage.delete(path)

@@ -30,8 +30,7 @@ RELATEDNESS_TABLE = "tables/relatedness.parquet"
 
 
 def task_file(task: TaskId, name: str) -> str:
-    """Path of a task's record: ``name`` is "task", "autoencoder", "relatedness", "manifest", "timings" or
-    "checkpoint"."""
+    """Path of a task's record: ``name`` is one of those above."""
     return f"{TASKS}/{task:05d}/{name}.json"
 
 

@@ -1,32 +1,85 @@
-"""The records of a run: what each stage leaves behind, as frozen values and as JSON."""
+"""The records of a run: what each stage leaves behind. They know what file they are and what files they name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, TypeVar
 
-from distributed_eg.errors import DamagedFileError
+from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout
-from distributed_eg.store.storage import Artifact, Storage, artifact_of
+from distributed_eg.store.decoding import decode
+from distributed_eg.store.storage import Artifact, Storage, artifact_of, record_bytes, repair_of
 from distributed_eg.types import AutoencoderKind, RelatednessRow, TaskId, Transfer, TransferChoice
+
+R = TypeVar("R", bound="Record")
 
 
 @dataclass(frozen=True, slots=True)
-class StatisticsRecord:
+class Record:
+    """A JSON file of the run directory; its keys are the fields."""
+
+    name: ClassVar[str]
+    """Of the file, without its folder and ending."""
+
+    @classmethod
+    def path_of(cls, task: TaskId | None = None) -> str:
+        """Where such a record is, relative to the run directory; ``task`` is None for those of the run itself."""
+        return f"{cls.name}.json" if task is None else layout.task_file(task, cls.name)
+
+    @property
+    def path(self) -> str:
+        """Where this record is, relative to the run directory."""
+        return self.path_of(getattr(self, "task", None))
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """The sealed files that it names."""
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(value for value in values if isinstance(value, Artifact))
+
+
+@dataclass(frozen=True, slots=True)
+class RecordOfTask(Record):
+    """A record that each task has one of."""
+
+    task: TaskId
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord(Record):
+    """What the run is; values are JSON."""
+
+    name: ClassVar[str] = "run"
+    run_id: str
+    method: dict[str, Any]
+    threads: int
+    backbone: dict[str, Any]
+    """``root`` names the pretrained root network."""
+    settings: dict[str, Any]
+    libraries: dict[str, Any]
+    machine: dict[str, Any]
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        return (decode(Artifact, self.backbone.get("root"), "root"),)
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsRecord(Record):
     """The run's standardization statistics, and the root's autoencoder where a reference was given."""
 
+    name: ClassVar[str] = "statistics"
     artifact: Artifact
     num_samples: int
     root_autoencoder: Artifact | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class TaskRecord:
+class TaskRecord(RecordOfTask):
     """What arrived as a task, written before anything is done for it: a resumed run must be given the same again."""
 
-    task: TaskId
+    name: ClassVar[str] = "task"
     label: int
     classes: tuple[int, ...]
     versions: tuple[TaskId, ...]
@@ -36,10 +89,10 @@ class TaskRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class AutoencoderRecord:
+class AutoencoderRecord(RecordOfTask):
     """A task's sealed autoencoder."""
 
-    task: TaskId
+    name: ClassVar[str] = "autoencoder"
     label: int
     kind: AutoencoderKind
     artifact: Artifact
@@ -47,10 +100,10 @@ class AutoencoderRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class RelatednessRecord:
+class RelatednessRecord(RecordOfTask):
     """A task's row of the relatedness table and the parent that follows from it."""
 
-    task: TaskId
+    name: ClassVar[str] = "relatedness"
     choice: TransferChoice
     own_error: float
     variance: float
@@ -58,10 +111,10 @@ class RelatednessRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskManifest:
+class TaskManifest(RecordOfTask):
     """The seal of a task: it exists when this is written."""
 
-    task: TaskId
+    name: ClassVar[str] = "manifest"
     label: int
     versions: tuple[TaskId, ...]
     """Numbers of all versions of this task up to this one; the first is what users see."""
@@ -77,129 +130,98 @@ class TaskManifest:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """Who did a stage and for how long; kept beside the records, never hashed."""
+    """Who did a stage and for how long."""
 
     stage: str
     worker: str
     seconds: float
 
 
-def write_statistics(storage: Storage, record: StatisticsRecord) -> Artifact:
-    """Seal the statistics record."""
-    return storage.write_record(layout.STATISTICS, asdict(record))
+@dataclass(frozen=True, slots=True)
+class TaskTimings(RecordOfTask):
+    """Who did a task's stages; kept beside the other records, which never name it."""
+
+    name: ClassVar[str] = "timings"
+    stages: tuple[StageTiming, ...]
 
 
-def read_statistics(storage: Storage) -> StatisticsRecord | None:
-    """The statistics record, or None where the run has none yet."""
-    if not storage.exists(layout.STATISTICS):
-        return None
-    raw = storage.read_record(layout.STATISTICS)
-    with _as_written(storage, layout.STATISTICS):
-        root = raw["root_autoencoder"]
-        return StatisticsRecord(Artifact(**raw["artifact"]), raw["num_samples"], root and Artifact(**root))
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord(RecordOfTask):
+    """An expert's training after ``epochs`` epochs; see ``store/checkpoints.py``."""
+
+    name: ClassVar[str] = "checkpoint"
+    key: str
+    epochs: int
+    values: Any
+    tensors: Artifact
 
 
-def write_task(storage: Storage, record: TaskRecord) -> Artifact:
-    """Note what arrived as a task."""
-    return storage.write_record(layout.task_file(record.task, "task"), asdict(record))
+KINDS: tuple[type[Record], ...] = (
+    *(RunRecord, StatisticsRecord),
+    *(TaskRecord, AutoencoderRecord, RelatednessRecord, TaskManifest, TaskTimings, CheckpointRecord),
+)
+"""Every kind of record, in the order in which a task gets them."""
 
 
-def read_task(storage: Storage, task: TaskId) -> TaskRecord | None:
-    """What arrived as a task, or None where nothing did yet."""
-    raw = _read_task_record(storage, task, "task")
-    if raw is None:
-        return None
-    with _as_written(storage, layout.task_file(task, "task")):
-        return TaskRecord(**{**raw, "classes": tuple(raw["classes"]), "versions": tuple(raw["versions"])})
+def seal(storage: Storage, record: Record) -> Artifact:
+    """Write a record; ``StorageError`` where the run directory cannot be written."""
+    return storage.write_record(record.path, asdict(record))
 
 
-def write_autoencoder(storage: Storage, record: AutoencoderRecord) -> Artifact:
-    """Seal a task's autoencoder record."""
-    return storage.write_record(layout.task_file(record.task, "autoencoder"), asdict(record))
+def artifact_of_record(record: Record) -> Artifact:
+    """What ``seal`` gives for a record."""
+    return artifact_of(record.path, record_bytes(asdict(record)))
 
 
-def read_autoencoder(storage: Storage, task: TaskId) -> AutoencoderRecord | None:
-    """A task's autoencoder record, or None where there is none yet."""
-    raw = _read_task_record(storage, task, "autoencoder")
-    if raw is None:
-        return None
-    with _as_written(storage, layout.task_file(task, "autoencoder")):
-        return AutoencoderRecord(**{**raw, "artifact": Artifact(**raw["artifact"])})
+def read(storage: Storage, kind: type[R], task: TaskId | None = None) -> R | None:
+    """The run's record of that kind, or the task's; None where there is none.
+
+    Raises:
+        DamagedFileError: it is not what was sealed, lacks a field, has another one or a value of another type, or
+            belongs to another task.
+        StorageError: it cannot be read, or has another schema version.
+    """
+    return _read(storage, kind, task)[0] if storage.exists(kind.path_of(task)) else None
 
 
-def write_relatedness(storage: Storage, record: RelatednessRecord) -> Artifact:
-    """Seal a task's relatedness record."""
-    return storage.write_record(layout.task_file(record.task, "relatedness"), asdict(record))
-
-
-def read_relatedness(storage: Storage, task: TaskId) -> RelatednessRecord | None:
-    """A task's relatedness record, or None where there is none yet."""
-    raw = _read_task_record(storage, task, "relatedness")
-    if raw is None:
-        return None
-    with _as_written(storage, layout.task_file(task, "relatedness")):
-        rows = tuple(RelatednessRow(**row) for row in raw["rows"])
-        return RelatednessRecord(**{**raw, "choice": TransferChoice(**raw["choice"]), "rows": rows})
-
-
-def relatedness_artifact(storage: Storage, task: TaskId) -> Artifact:
-    """What a task's relatedness record hashes to."""
-    path = layout.task_file(task, "relatedness")
-    return artifact_of(path, storage.read(path))
-
-
-def write_manifest(storage: Storage, manifest: TaskManifest) -> Artifact:
-    """Seal a task."""
-    return storage.write_record(layout.task_file(manifest.task, "manifest"), asdict(manifest))
-
-
-def read_manifest(storage: Storage, task: TaskId) -> TaskManifest | None:
-    """A task's manifest, or None where the task is not sealed."""
-    raw = _read_task_record(storage, task, "manifest")
-    if raw is None:
-        return None
-    with _as_written(storage, layout.task_file(task, "manifest")):
-        artifacts = {name: Artifact(**raw[name]) for name in ("autoencoder", "relatedness", "expert")}
-        return TaskManifest(
-            **{**raw, **artifacts, "classes": tuple(raw["classes"]), "versions": tuple(raw["versions"])}
-        )
-
-
-def write_timings(storage: Storage, task: TaskId, timings: list[StageTiming]) -> None:
-    """Note who did what for how long."""
-    storage.write_record(layout.task_file(task, "timings"), {"stages": [asdict(timing) for timing in timings]})
-
-
-def read_timings(storage: Storage, task: TaskId) -> list[StageTiming]:
-    """Who did what for how long; empty where nothing was noted."""
-    raw = _read_task_record(storage, task, "timings")
-    if raw is None:
-        return []
-    with _as_written(storage, layout.task_file(task, "timings")):
-        return [StageTiming(**timing) for timing in raw["stages"]]
-
-
-def stored_tasks(storage: Storage) -> list[TaskId]:
-    """Tasks that have any record, in order."""
-    return sorted(int(name) for name in storage.list(layout.TASKS) if name.isdigit())
-
-
-@contextmanager
-def _as_written(storage: Storage, path: str) -> Iterator[None]:
-    """Tell a record that lacks a field, or has another, as damaged."""
+def _read(storage: Storage, kind: type[R], task: TaskId | None) -> tuple[R, Artifact]:
+    path = kind.path_of(task)
+    data = storage.read(path)
+    raw = storage.parse_record(path, data)
+    if issubclass(kind, TaskTimings):
+        raw.setdefault("task", task)  # earlier versions did not write it
     try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
+        record: R = decode(kind, raw, "it")
+        if record.path != path:
+            raise ValueError(f"it belongs to task {raw['task']}")
+        _ = record.artifacts  # a run's are decoded, too
+    except ValueError as error:
+        message = f"The record {path!r} in {storage.uri!r} is damaged: {error}. {repair_of(path)}"
+        raise DamagedFileError(message) from error
+    return record, artifact_of(path, data)
 
 
-def _read_task_record(storage: Storage, task: TaskId, name: str) -> dict[str, Any] | None:
-    path = layout.task_file(task, name)
-    if not storage.exists(path):
-        return None
-    raw = storage.read_record(path)
-    if raw.setdefault("task", task) != task:
-        raise DamagedFileError(f"The record {path!r} in {storage.uri!r} belongs to task {raw['task']}.")
-    if name == "timings":
-        del raw["task"]
-    return raw
+@dataclass(frozen=True, slots=True)
+class StoredRecords:
+    """Records of a run directory by path: the run's own, then task by task."""
+
+    records: dict[str, Record]
+    artifacts: dict[str, Artifact]
+    """What they are sealed as."""
+    errors: dict[str, StorageError]
+    """Why others cannot be read."""
+
+
+def read_all(storage: Storage, kinds: Collection[type[Record]] = KINDS) -> StoredRecords:
+    """Every record of these kinds that is there; ``StorageError`` where the run directory does not answer."""
+    found = StoredRecords({}, {}, {})
+    for task in (None, *sorted(int(name) for name in storage.list(layout.TASKS) if name.isdigit())):
+        for kind in (kind for kind in kinds if issubclass(kind, RecordOfTask) == (task is not None)):
+            path = kind.path_of(task)
+            try:
+                if storage.exists(path):
+                    found.records[path], found.artifacts[path] = _read(storage, kind, task)
+            except StorageError as error:
+                if storage.exists(path):  # or else a driver that works on the run has just removed it
+                    found.errors[path] = error
+    return found

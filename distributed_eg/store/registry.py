@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
 
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import DamagedFileError
-from distributed_eg.store import layout, records
+from distributed_eg.store import records
 from distributed_eg.store.experts import ExpertRef, GateRef
 from distributed_eg.store.records import (
     AutoencoderRecord,
+    R,
+    Record,
+    RecordOfTask,
     RelatednessRecord,
-    StageTiming,
     StatisticsRecord,
     TaskManifest,
     TaskRecord,
+    TaskTimings,
 )
-from distributed_eg.store.storage import REPAIR, Artifact, Storage
+from distributed_eg.store.storage import REPAIR, Storage
 from distributed_eg.store.tables import registry_table, relatedness_table
 from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_PLACES: dict[type[Record], str] = {
+    StatisticsRecord: "statistics",
+    TaskRecord: "arrivals",
+    AutoencoderRecord: "autoencoders",
+    RelatednessRecord: "relatedness",
+    TaskManifest: "manifests",
+    TaskTimings: "timings",
+}
+"""The field of ``Registry`` that each kind of record is in."""
 
 
 @dataclass
@@ -38,9 +48,8 @@ class Registry:
     arrivals: dict[TaskId, TaskRecord] = field(default_factory=dict)
     autoencoders: dict[TaskId, AutoencoderRecord] = field(default_factory=dict)
     relatedness: dict[TaskId, RelatednessRecord] = field(default_factory=dict)
-    relatedness_artifacts: dict[TaskId, Artifact] = field(default_factory=dict)
     manifests: dict[TaskId, TaskManifest] = field(default_factory=dict)
-    timings: dict[TaskId, list[StageTiming]] = field(default_factory=dict)
+    timings: dict[TaskId, TaskTimings] = field(default_factory=dict)
 
     @staticmethod
     def read(storage: Storage, *, without_damaged: bool = False) -> Registry:
@@ -53,40 +62,37 @@ class Registry:
         Raises:
             DamagedFileError: a record is damaged.
         """
-
-        skip = without_damaged
-        registry = Registry(statistics=_whole(lambda: records.read_statistics(storage), skip))
-        for task in records.stored_tasks(storage):
-            registry._read_task(storage, task, skip)
+        found = records.read_all(storage, _PLACES)
+        registry = Registry()
+        for record in found.records.values():
+            registry.add(record)
+        for manifest in list(registry.manifests.values()):
+            own = registry.autoencoders.get(manifest.task)
+            fits = without_damaged if own is None else own.artifact == manifest.autoencoder
+            if not fits or found.artifacts.get(manifest.relatedness.path) != manifest.relatedness:
+                del registry.manifests[manifest.task]
+                found.errors[manifest.path] = DamagedFileError(
+                    f"The record {manifest.path!r} in {storage.uri!r} does not fit the autoencoder or the relatedness "
+                    f"record of its task, which is missing or another one than when the task was sealed. {REPAIR}"
+                )
+        for error in found.errors.values():
+            if not without_damaged or not isinstance(error, DamagedFileError):
+                raise error
+            logger.warning("%s", error)
         return registry
 
-    def _read_task(self, storage: Storage, task: TaskId, skip: bool) -> None:
-        arrival = _whole(lambda: records.read_task(storage, task), skip)
-        autoencoder = _whole(lambda: records.read_autoencoder(storage, task), skip)
-        relatedness = _whole(lambda: records.read_relatedness(storage, task), skip)
-        manifest = _whole(lambda: records.read_manifest(storage, task), skip)
-        if arrival is not None:
-            self.arrivals[task] = arrival
-        if autoencoder is not None:
-            self.autoencoders[task] = autoencoder
-        if relatedness is not None:
-            self.relatedness[task] = relatedness
-            self.relatedness_artifacts[task] = records.relatedness_artifact(storage, task)
-        if manifest is not None and _whole(lambda: self._check(storage, manifest, skip), skip):
-            self.manifests[task] = manifest
-        self.timings[task] = _whole(lambda: records.read_timings(storage, task), skip) or []
+    def add(self, record: Record) -> None:
+        """Take a record in, instead of the one that was in its place."""
+        if isinstance(record, RecordOfTask):
+            getattr(self, _PLACES[type(record)])[record.task] = record
+        else:
+            setattr(self, _PLACES[type(record)], record)
 
-    def _check(self, storage: Storage, manifest: TaskManifest, without_autoencoder: bool) -> bool:
-        own = self.autoencoders.get(manifest.task)
-        if own is None and not without_autoencoder:
-            path = layout.task_file(manifest.task, "autoencoder")
-            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is missing. {REPAIR}")
-        if own is not None and own.artifact != manifest.autoencoder:
-            raise DamagedFileError(
-                f"The manifest of task {manifest.task} in {storage.uri!r} names another autoencoder than its record.",
-            )
-        storage.read_artifact(manifest.relatedness)
-        return True
+    def find(self, like: R) -> R | None:
+        """The record in whose place ``like`` belongs."""
+        place: Any = getattr(self, _PLACES[type(like)])
+        found: R | None = place.get(like.task) if isinstance(like, RecordOfTask) else place
+        return found
 
     def snapshot(self) -> Registry:
         """The same records, untouched by what is recorded later."""
@@ -125,19 +131,6 @@ class Registry:
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """The registry and the relatedness table, over the sealed tasks."""
+        manifests = list(self.manifests.values())
         sealed = [self.relatedness[task] for task in sorted(self.manifests)]
-        return (
-            registry_table(list(self.manifests.values()), self.timings),
-            relatedness_table(sealed, list(self.manifests.values())),
-        )
-
-
-def _whole(read: Callable[[], T], skip: bool) -> T | None:
-    """What ``read`` gives; None, said in the log, where that is damaged and ``skip`` says to go on."""
-    try:
-        return read()
-    except DamagedFileError as error:
-        if not skip:
-            raise
-        logger.warning("%s", error)
-        return None
+        return registry_table(manifests, self.timings), relatedness_table(sealed, manifests)

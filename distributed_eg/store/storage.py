@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +16,14 @@ import pyarrow as pa
 from pyarrow import fs
 
 from distributed_eg.errors import DamagedFileError, StorageError
+from distributed_eg.store import local_files
 from distributed_eg.store.layout import RUN, SCHEMA_VERSION
+from distributed_eg.store.local_files import TEMPORARY
 
 REPAIR = (
     "To repair it, resume the training with the same storage (`ClusterConfig(resume=True)`, or the same "
     "`distributed-eg run … --storage …` command): the stage that made it is run again."
 )
-TEMPORARY = ".writing-"
-"""How the names of files begin that are being written, or whose writer was killed."""
-
-_NO_FOLDER_SYNC = (errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP)
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +38,11 @@ class Artifact:
 class Storage:
     """A run directory on any ``pyarrow.fs`` file system; cheap to open, holds no state of the run.
 
-    Args:
-        uri: a local path, or a URI such as ``s3://bucket/run-7``.
+    ``uri`` is a local path, or a URI such as ``s3://bucket/run-7``. Paths are relative to the run directory.
 
     Raises:
-        StorageError: the URI names no file system that can be opened.
+        StorageError: the URI names no file system that can be opened; from each method, too: the run directory cannot
+            be written or read, does not keep what is written, or the path leads out of it.
     """
 
     def __init__(self, uri: str) -> None:
@@ -56,7 +51,8 @@ class Storage:
             base, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), os.path.abspath(uri))
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ImportError) as error:
             raise StorageError(f"The storage {uri!r} names no file system that can be opened: {error}") from error
-        self._local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
+        self.local_folder: Path | None = Path(path) if isinstance(base, fs.LocalFileSystem) else None
+        """The run directory as a folder of this machine; None on an object store."""
         self._fs = fs.SubTreeFileSystem(path, base)
 
     def write(self, path: str, data: bytes) -> Artifact:
@@ -64,15 +60,12 @@ class Storage:
 
         On a local disk or NFS the bytes go to a temporary name, are flushed, read back and then renamed; object stores
         make an object visible only when it is whole, and are asked for its size.
-
-        Raises:
-            StorageError: the directory cannot be written, or does not keep what is written.
         """
         self._check(path)
         with self._writing(path):
-            if self._local is not None:
-                with _temporary(self._local / path, data) as temporary:
-                    temporary.replace(self._local / path)
+            if self.local_folder is not None:
+                with local_files.temporary(self.local_folder / path, data) as file:
+                    file.replace(self.local_folder / path)
             else:
                 self._write_object(path, data)
         return artifact_of(path, data)
@@ -83,15 +76,12 @@ class Storage:
         Of several callers at once exactly one makes it, on local disks and NFS. Object stores have no such call in
         ``pyarrow.fs``: there the last of several writers within the same moment wins, which each of them sees only if
         it wrote before this call read back.
-
-        Raises:
-            StorageError: the directory cannot be written.
         """
         self._check(path)
         with self._writing(path):
-            if self._local is not None:
-                with _temporary(self._local / path, data) as temporary:
-                    return _link(temporary, self._local / path, data)
+            if self.local_folder is not None:
+                with local_files.temporary(self.local_folder / path, data) as file:
+                    return local_files.link(file, self.local_folder / path, data)
             if self.exists(path):
                 return False
             self._write_object(path, data)
@@ -110,11 +100,7 @@ class Storage:
             raise OSError(f"the store reports {kept} bytes after {len(data)} bytes were written.")
 
     def read(self, path: str) -> bytes:
-        """The bytes of ``path``.
-
-        Raises:
-            StorageError: it is missing, cannot be read or lies outside of the run directory.
-        """
+        """The bytes of ``path``; ``StorageError`` where it is missing."""
         self._check(path, follow=True)
         try:
             with self._fs.open_input_stream(path) as stream:
@@ -127,7 +113,6 @@ class Storage:
 
         Raises:
             DamagedFileError: it is missing, or its bytes have another size or hash than its record says.
-            StorageError: it cannot be read, or its record names a path outside of the run directory.
         """
         says = f"its record says {artifact.size_bytes} bytes and {str(artifact.sha256)[:12]}…"
         try:
@@ -138,10 +123,10 @@ class Storage:
                 raise
             message = f"The file {artifact.path!r} in {self.uri!r} is missing; {says}. {REPAIR}"
             raise DamagedFileError(message) from error
-        found = hashlib.sha256(data).hexdigest()
-        if (found, len(data)) != (artifact.sha256, artifact.size_bytes):
+        found = artifact_of(artifact.path, data)
+        if found != artifact:
             raise DamagedFileError(
-                f"The file {artifact.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found[:12]}…, "
+                f"The file {found.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found.sha256[:12]}…, "
                 f"{says}. {REPAIR}"
             )
         return data
@@ -157,45 +142,36 @@ class Storage:
             DamagedFileError: it is no JSON object, or not the one that was sealed.
             StorageError: it is missing, or has another schema version.
         """
-        data = self.read(path)
+        return self.parse_record(path, self.read(path))
+
+    def parse_record(self, path: str, data: bytes) -> dict[str, Any]:
+        """What ``read_record`` gives, of a file whose bytes were read already."""
+        what = f"The record {path!r} in {self.uri!r}"
         try:
             record = json.loads(data)
         except ValueError as error:
-            message = f"The record {path!r} in {self.uri!r} is damaged: {error}. {repair_of(path)}"
-            raise DamagedFileError(message) from error
+            raise DamagedFileError(f"{what} is damaged: {error}. {repair_of(path)}") from error
         if not isinstance(record, dict):
-            message = f"The record {path!r} in {self.uri!r} is damaged: it holds {record!r:.60}, no object."
-            raise DamagedFileError(f"{message} {repair_of(path)}")
+            raise DamagedFileError(f"{what} is damaged: it holds {record!r:.60}, no object. {repair_of(path)}")
         version = record.pop("schema_version", None)
         is_as_sealed = record.pop("sha256", None) == _digest(record)
-        if version != SCHEMA_VERSION and not is_as_sealed:
-            raise StorageError(
-                f"The record {path!r} in {self.uri!r} has schema version {version}; this package reads "
-                f"{SCHEMA_VERSION}. Use the package version that wrote it."
-            )
-        if version != SCHEMA_VERSION or not is_as_sealed:
-            raise DamagedFileError(
-                f"The record {path!r} in {self.uri!r} is damaged: its content has another hash than it says. "
-                f"{repair_of(path)}"
-            )
-        return record
+        if version == SCHEMA_VERSION and is_as_sealed:
+            return record
+        if version == SCHEMA_VERSION or is_as_sealed:
+            raise DamagedFileError(f"{what} is damaged: its content has another hash than it says. {repair_of(path)}")
+        raise StorageError(
+            f"{what} has schema version {version}; this package reads {SCHEMA_VERSION}. Use the package version that "
+            "wrote it."
+        )
 
     def exists(self, path: str) -> bool:
-        """Whether a file of that name is there.
-
-        Raises:
-            StorageError: that cannot be told.
-        """
+        """Whether a file of that name is there."""
         self._check(path)
         with self._asking(path):
             return bool(self._fs.get_file_info(path).type == fs.FileType.File)
 
     def size(self, path: str) -> int:
-        """Size of a file in bytes.
-
-        Raises:
-            StorageError: it is not there, or that cannot be told.
-        """
+        """Size of a file in bytes; ``StorageError`` where it is not there."""
         self._check(path)
         with self._asking(path):
             info = self._fs.get_file_info(path)
@@ -204,39 +180,30 @@ class Storage:
         return int(info.size)
 
     def walk(self) -> list[str]:
-        """Paths of all files of the run directory, sorted; symbolic links are neither listed nor followed.
-
-        Raises:
-            StorageError: that cannot be told.
-        """
+        """Paths of all files of the run directory, sorted; symbolic links are neither listed nor followed."""
         with self._asking(""):
-            if self._local is None:
+            if self.local_folder is None:
                 selector = fs.FileSelector("", recursive=True, allow_not_found=True)
                 infos = self._fs.get_file_info(selector)
                 return sorted(info.path for info in infos if info.type == fs.FileType.File)
-            found = [Path(folder, name) for folder, _, names in os.walk(self._local, onerror=_raise) for name in names]
+            found = [
+                Path(folder, name) for folder, _, names in os.walk(self.local_folder, onerror=_raise) for name in names
+            ]
             return sorted(
-                file.relative_to(self._local).as_posix() for file in found if file.is_file() and not file.is_symlink()
+                file.relative_to(self.local_folder).as_posix()
+                for file in found
+                if file.is_file() and not file.is_symlink()
             )
 
     def list(self, path: str) -> list[str]:
-        """Names of the files and folders directly under ``path``, sorted; none where it does not exist.
-
-        Raises:
-            StorageError: that cannot be told.
-        """
-        if path != "":  # the run directory itself
-            self._check(path, follow=True)
-        selector = fs.FileSelector(path, allow_not_found=True)
+        """Names of the files and folders directly under ``path``, sorted; none where it does not exist."""
+        self._check(path, follow=True)
         with self._asking(path):
-            return sorted(info.base_name for info in self._fs.get_file_info(selector))
+            infos = self._fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in infos)
 
     def delete(self, path: str) -> None:
-        """Remove a file.
-
-        Raises:
-            StorageError: it is not there, or may not be removed.
-        """
+        """Remove a file; ``StorageError`` where it is not there, or may not be removed."""
         self._check(path)
         with self._asking(path):
             self._fs.delete_file(path)
@@ -246,16 +213,13 @@ class Storage:
 
         A file that somebody is writing at this moment goes too, and its writer gets an error: call it while nobody
         writes.
-
-        Raises:
-            StorageError: one cannot be removed.
         """
-        if self._local is None:
+        if self.local_folder is None:
             return 0
         left = [path for path in self.walk() if path.rpartition("/")[2].startswith(TEMPORARY)]
         with self._asking(TEMPORARY):
             for path in left:
-                (self._local / path).unlink(missing_ok=True)
+                (self.local_folder / path).unlink(missing_ok=True)
         return len(left)
 
     def _check(self, path: str, *, follow: bool = False) -> None:
@@ -267,11 +231,11 @@ class Storage:
         says = f"{path!r:.200} names no file inside the run directory {self.uri!r}"
         if not _is_plain(path):
             raise StorageError(f"{says}; the record that names it may have been tampered with. Nothing was touched.")
-        if self._local is None:
+        if self.local_folder is None:
             return
-        target = self._local / path
+        target = self.local_folder / path
         real = Path(os.path.realpath(target if follow else target.parent))
-        if not real.is_relative_to(os.path.realpath(self._local)):
+        if not real.is_relative_to(os.path.realpath(self.local_folder)):
             raise StorageError(
                 f"{says}: a symbolic link leads to {str(real)!r}; it, or the record that names it, may have been "
                 "tampered with. Nothing was touched."
@@ -311,7 +275,7 @@ def record_bytes(record: dict[str, Any]) -> bytes:
     """A JSON record as it is sealed, with its schema version and its own hash."""
     body = json.loads(json.dumps(record))
     sealed = {"schema_version": SCHEMA_VERSION, "sha256": _digest(body), **body}
-    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()
+    return f"{json.dumps(sealed, indent=1, sort_keys=True)}\n".encode()
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -325,59 +289,6 @@ def _is_plain(path: object) -> bool:
     if not isinstance(path, str) or re.search(r"[\\\0\ud800-\udfff]|^[A-Za-z]:", path):
         return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
-
-
-@contextlib.contextmanager
-def _temporary(target: Path, data: bytes) -> Iterator[Path]:
-    """A whole, flushed, verified file of ``data`` beside ``target``, to be put in its place; gone afterwards."""
-    new_folders = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if temporary.read_bytes() != data:
-            raise OSError("what was written reads back differently.")
-        yield temporary
-        for folder in (target.parent, *(folder.parent for folder in new_folders)):
-            _sync_folder(folder)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _link(temporary: Path, target: Path, data: bytes) -> bool:
-    """Give a file its final name too, unless that is taken: whether it got it."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        # NFS may say so after it did the work, when its first answer was lost: then the file has two names.
-        return temporary.stat().st_nlink == 2
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        # Buckets mounted as folders: as exclusive, but others may see the file before it is whole.
-        try:
-            with target.open("xb") as stream:
-                stream.write(data)
-        except FileExistsError:
-            return False
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names in a folder last, on file systems that can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
 
 
 def _raise(error: OSError) -> None:

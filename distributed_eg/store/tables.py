@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distributed_eg.store import layout
-from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest
+from distributed_eg.store.records import RelatednessRecord, TaskManifest, TaskTimings
 from distributed_eg.store.storage import Storage
 from distributed_eg.types import TaskId
 
@@ -43,14 +43,14 @@ RELATEDNESS_SCHEMA = pa.schema(
 )
 
 
-def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, Sequence[StageTiming]]) -> pa.Table:
+def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, TaskTimings]) -> pa.Table:
     """One row a sealed task, its newest version, in task order; ``train_s`` sums that version's stages, ``worker``
     trained its expert."""
     rows = []
     first = first_numbers(manifests)
     newest = {manifest.versions[0]: manifest for manifest in sorted(manifests, key=lambda manifest: manifest.task)}
     for _, manifest in sorted(newest.items()):
-        stages = timings.get(manifest.task, ())
+        stages = timings[manifest.task].stages if manifest.task in timings else ()
         workers = [timing.worker for timing in stages if timing.stage == "expert"]
         rows.append(
             {

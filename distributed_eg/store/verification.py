@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, holder_of
-from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskManifest
-from distributed_eg.store.storage import REPAIR, TEMPORARY, Artifact, Storage, repair_of
+from distributed_eg.store.local_files import TEMPORARY
+from distributed_eg.store.storage import REPAIR, Artifact, Storage, repair_of
 from distributed_eg.types import TaskId
 
-_RUN_WEIGHTS = re.compile(r"(root|statistics|root-autoencoder)-[0-9a-f]+\.safetensors")
-_TASK_WEIGHTS = re.compile(r"(autoencoder|expert|checkpoint)-[0-9a-f]+\.safetensors")
-_TASK_FILE = re.compile(rf"{layout.TASKS}/(\d{{5,}})/(.+)")
+_WEIGHTS = re.compile(
+    rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|expert|checkpoint))-[0-9a-f]+\.safetensors"
+)
+_TASK_FILE = re.compile(rf"{layout.TASKS}/(\d{{5,}})/.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +38,19 @@ class Verification:
     damages: tuple[Damage, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """A record that is there: its value and the files that it names, or why it cannot be read."""
-
-    path: str
-    value: object = None
-    artifacts: tuple[Artifact, ...] = ()
-    size_bytes: int = 0
-    error: str | None = None
-
-
 def verify(storage: Storage) -> Verification:
     """Read every record of a run and every file that one names, and compare sizes and hashes.
 
     Raises:
         StorageError: the run directory cannot be listed; whatever is wrong inside it is told, not raised.
     """
-    found = {record.path: record for record in _read_records(storage)}
-    damages = [Damage(record.path, record.error) for record in found.values() if record.error is not None]
+    found = records.read_all(storage)
+    damages = [Damage(path, str(error)) for path, error in found.errors.items()]
     damages += _missing(storage, found)
-    sizes = {record.path: record.size_bytes for record in found.values() if record.error is None}
+    sizes = {path: artifact.size_bytes for path, artifact in found.artifacts.items()}
     checked: set[Artifact] = set()
     harmed = {damage.path for damage in damages}
-    for record in found.values():
+    for record in found.records.values():
         for artifact in record.artifacts:
             if artifact in checked or artifact.path in harmed:
                 continue
@@ -69,7 +58,7 @@ def verify(storage: Storage) -> Verification:
             try:
                 sizes[artifact.path] = len(storage.read_artifact(artifact))
             except StorageError as error:
-                if record.path.endswith("/checkpoint.json") and _has_changed(storage, record):
+                if isinstance(record, records.CheckpointRecord) and _has_changed(storage, record):
                     continue  # a driver works on the run
                 # What cannot be a file of the run is the fault of the record that names it.
                 path = artifact.path if isinstance(error, DamagedFileError) else record.path
@@ -78,14 +67,6 @@ def verify(storage: Storage) -> Verification:
                 sizes.pop(artifact.path, None)
     num_files = len(sizes.keys() | {damage.path for damage in damages})
     return Verification(num_files, sum(sizes.values()), tuple(damages))
-
-
-def _has_changed(storage: Storage, record: _Record) -> bool:
-    """Whether a checkpoint's record is another one by now, or gone."""
-    task = _task_of(record.path)
-    assert task is not None
-    again = _read_record(storage, record.path, lambda: _read_checkpoint(storage, task))
-    return again is None or again != record
 
 
 def unnamed(storage: Storage) -> list[str]:
@@ -99,29 +80,20 @@ def unnamed(storage: Storage) -> list[str]:
     Raises:
         StorageError: the run directory cannot be listed.
     """
-    found = _read_records(storage)
-    sealed = {record.value.task for record in found if isinstance(record.value, TaskManifest)}
-    over = {layout.task_file(task, "checkpoint") for task in sealed}
-    named = {artifact.path for record in found if record.path not in over for artifact in record.artifacts}
-    files = storage.walk()
-    present = set(files)
-    doubtful = {
-        _task_of(record.path)
-        for record in found
-        if record.error is not None
-        or (record.path not in over and any(artifact.path not in present for artifact in record.artifacts))
-    }
-    left = []
-    for path in files:
-        task, name = _task_of(path), path.rpartition("/")[2]
-        if task in doubtful or path in named:
-            continue
-        if name.startswith(TEMPORARY):
-            left.append(path)
-        elif task is None:
-            left += [path] if _RUN_WEIGHTS.fullmatch(path) else []
-        elif path in over or _TASK_WEIGHTS.fullmatch(name):
-            left.append(path)
+    found = records.read_all(storage)
+    known = found.records.values()
+    over = {records.CheckpointRecord.path_of(r.task) for r in known if isinstance(r, records.TaskManifest)}
+    named = [(record, file.path) for record in known if record.path not in over for file in record.artifacts]
+    files, paths = storage.walk(), {path for _, path in named}
+    lost = paths.difference(files)
+    doubtful = {_task_of(path) for path in found.errors} | {_task_of(r.path) for r, path in named if path in lost}
+    left = [
+        path
+        for path in files
+        if (path in over or _WEIGHTS.fullmatch(path) or path.rpartition("/")[2].startswith(TEMPORARY))
+        and path not in paths
+        and _task_of(path) not in doubtful
+    ]
     return sorted(left, key=lambda path: (not path.endswith(".json"), path))
 
 
@@ -152,106 +124,42 @@ def collect(storage: Storage, *, dry_run: bool = False) -> dict[str, int]:
         lease.release()
 
 
-def _read_records(storage: Storage) -> list[_Record]:
-    """Every record that is there, but those of sessions, which nobody needs any more."""
-    found = [
-        _read_record(storage, layout.RUN, lambda: _read_artifact_of(storage, layout.RUN, "backbone", "root")),
-        _read_record(storage, layout.STATISTICS, lambda: records.read_statistics(storage)),
-    ]
-    for task in records.stored_tasks(storage):
-        for name, read in _READERS.items():
-            found.append(_read_record(storage, layout.task_file(task, name), partial(read, storage, task)))
-    return [record for record in found if record is not None]
-
-
-def _read_record(storage: Storage, path: str, read: Callable[[], object]) -> _Record | None:
+def _has_changed(storage: Storage, record: records.CheckpointRecord) -> bool:
+    """Whether a checkpoint's record is another one by now, or gone."""
     try:
-        if not storage.exists(path):
-            return None
-        value = read()
-        artifacts = _artifacts(value)
-        for artifact in artifacts:
-            types = (type(artifact.path), type(artifact.sha256), type(artifact.size_bytes))
-            if types != (str, str, int):
-                message = f"The record {path!r} in {storage.uri!r} is damaged: it names {artifact}."
-                raise DamagedFileError(f"{message} {repair_of(path)}")
-        return _Record(path, value, artifacts, storage.size(path))
-    except StorageError as error:
-        # A driver that works on the run may just have removed it.
-        return _Record(path, error=str(error)) if storage.exists(path) else None
+        return records.read(storage, records.CheckpointRecord, record.task) != record
+    except StorageError:
+        return True
 
 
-def _read_artifact_of(storage: Storage, path: str, *keys: str) -> Artifact:
-    """The artifact below ``keys`` of a record."""
-    value = storage.read_record(path)
-    try:
-        for key in keys:
-            value = value[key]
-        return Artifact(**value)
-    except (KeyError, TypeError) as error:
-        raise DamagedFileError(
-            f"The record {path!r} in {storage.uri!r} is damaged: {error!r}. {repair_of(path)}"
-        ) from error
-
-
-def _read_checkpoint(storage: Storage, task: TaskId) -> Artifact:
-    return _read_artifact_of(storage, layout.task_file(task, "checkpoint"), "tensors")
-
-
-_READERS: dict[str, Callable[[Storage, TaskId], object]] = {
-    "task": records.read_task,
-    "autoencoder": records.read_autoencoder,
-    "relatedness": records.read_relatedness,
-    "manifest": records.read_manifest,
-    "timings": records.read_timings,
-    "checkpoint": _read_checkpoint,
-}
-"""How each of a task's records is read."""
-
-
-def _artifacts(value: object) -> tuple[Artifact, ...]:
-    """The files that a record names."""
-    if isinstance(value, Artifact):
-        return (value,)
-    if isinstance(value, StatisticsRecord):
-        return (value.artifact,) if value.root_autoencoder is None else (value.artifact, value.root_autoencoder)
-    if isinstance(value, AutoencoderRecord):
-        return (value.artifact,)
-    if isinstance(value, TaskManifest):
-        return (value.autoencoder, value.relatedness, value.expert)
-    return ()
-
-
-def _missing(storage: Storage, found: dict[str, _Record]) -> Iterator[Damage]:
+def _missing(storage: Storage, found: records.StoredRecords) -> Iterator[Damage]:
     """Records that others need and that are not there, and manifests that name another autoencoder than its record."""
+    needed = {layout.RUN: "every task"}
+    for record in found.records.values():
+        for path in _needs(record):
+            needed.setdefault(path, repr(record.path))
+        if isinstance(record, records.TaskManifest):
+            own = found.records.get(records.AutoencoderRecord.path_of(record.task))
+            if isinstance(own, records.AutoencoderRecord) and own.artifact != record.autoencoder:
+                says = f"The manifest {record.path!r} in {storage.uri!r} names another autoencoder than {own.path!r}."
+                yield Damage(record.path, f"{says} {REPAIR}")
+    for path, by in needed.items():
+        if path not in found.records and path not in found.errors:
+            says = f"The record {path!r} in {storage.uri!r} is missing; {by} needs it."
+            yield Damage(path, f"{says} {repair_of(path)}")
 
-    told = set()
 
-    def need(path: str, by: str) -> Iterator[Damage]:
-        if path not in found and path not in told:
-            told.add(path)
-            yield Damage(path, f"The record {path!r} in {storage.uri!r} is missing; {by} needs it. {repair_of(path)}")
-
-    yield from need(layout.RUN, "every task")
-    for record in found.values():
-        value = record.value
-        if isinstance(value, RelatednessRecord):
-            for row in value.rows:
-                if isinstance(row.candidate, int):
-                    yield from need(layout.task_file(row.candidate, "autoencoder"), f"task {value.task}")
-        elif isinstance(value, TaskManifest):
-            own = layout.task_file(value.task, "autoencoder")
-            yield from need(layout.STATISTICS, f"task {value.task}")
-            yield from need(layout.task_file(value.task, "task"), f"task {value.task}")
-            yield from need(own, f"task {value.task}")
-            if isinstance(value.parent, int):
-                yield from need(layout.task_file(value.parent, "manifest"), f"task {value.task}")
-            known = found[own].value if own in found else None
-            if isinstance(known, AutoencoderRecord) and known.artifact != value.autoencoder:
-                yield Damage(
-                    record.path,
-                    f"The manifest {record.path!r} in {storage.uri!r} names another autoencoder than {own!r}. {REPAIR}",
-                )
+def _needs(record: records.Record) -> Iterator[str]:
+    """Where the records are without which this one is worth nothing."""
+    if isinstance(record, records.RelatednessRecord):
+        tasks = (row.candidate for row in record.rows if row.candidate is not None)
+        yield from map(records.AutoencoderRecord.path_of, tasks)
+    elif isinstance(record, records.TaskManifest):
+        yield records.StatisticsRecord.path_of()
+        yield records.TaskRecord.path_of(record.task)
+        yield records.AutoencoderRecord.path_of(record.task)
+        if record.parent is not None:
+            yield records.TaskManifest.path_of(record.parent)
 
 
 def _task_of(path: str) -> TaskId | None:

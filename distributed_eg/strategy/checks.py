@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
-from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer
+from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.types import AutoencoderKind
 
 _SGD_ONLY: Mapping[str, str] = {
     "batch_size": "ae_train_mb_size",
@@ -39,7 +37,7 @@ _REMEMBER: Mapping[str, str] = {
 """Avalanche's plugins that remember earlier tasks, and what."""
 
 
-def warn_of_memory(plugins: Iterable[Any]) -> None:
+def warn_of_memory(plugins: Iterable[object]) -> None:
     """Name the plugins that start empty with each expert, though they are made to remember."""
     for plugin in plugins:
         what = next((_REMEMBER[cls.__name__] for cls in type(plugin).__mro__ if cls.__name__ in _REMEMBER), None)
@@ -51,32 +49,15 @@ def warn_of_memory(plugins: Iterable[Any]) -> None:
             )
 
 
-def autoencoder_config(
-    kind: AutoencoderKind,
-    *,
-    latent_dim: int,
-    lr: float,
-    epochs: int,
-    batch_size: int,
-    optimizer: AutoencoderOptimizer,
-) -> AutoencoderConfig:
-    """How autoencoders are made; says which of the seed's settings a closed-form one ignores.
-
-    Raises:
-        InputError: a value cannot be used.
-    """
-    config = AutoencoderConfig(
-        kind=kind, latent_dim=latent_dim, lr=lr, epochs=epochs, batch_size=batch_size, optimizer=optimizer
-    )
-    if kind == "linear":
-        default = AutoencoderConfig()
-        ignored = [name for field, name in _SGD_ONLY.items() if getattr(config, field) != getattr(default, field)]
-        if ignored:
-            warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=4)
-    return config
+def warn_of_ignored(config: AutoencoderConfig) -> None:
+    """Say which of the seed's settings a closed-form autoencoder ignores."""
+    default = AutoencoderConfig()
+    ignored = [name for field, name in _SGD_ONLY.items() if getattr(config, field) != getattr(default, field)]
+    if config.kind == "linear" and ignored:
+        warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=4)
 
 
-def takes_infinities(criterion: Any) -> bool:
+def takes_infinities(criterion: object) -> bool:
     """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
     if criterion is torch.nn.functional.cross_entropy:
         return True
@@ -104,7 +85,7 @@ def driver_device(device: torch.device | str | None) -> torch.device | str:
     return "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
 
 
-def one_number(loss: Any) -> Tensor:
+def one_number(loss: object) -> Tensor:
     """``loss``, as it is.
 
     Raises:

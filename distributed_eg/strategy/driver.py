@@ -1,116 +1,199 @@
-"""The ends of a run as a strategy sees them: starting it, taking a reference in, handing the gate to the model."""
+"""What of a strategy never travels to a worker: the run, the model's reader of it, what it reports and remembers."""
 
 from __future__ import annotations
 
 import logging
+import pickle
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import cloudpickle
 import pyarrow as pa
 from torch.utils.data import Dataset
 
 from distributed_eg.config import ClusterConfig, MethodConfig
-from distributed_eg.runtime.dispatcher import Observer
-from distributed_eg.runtime.run import OpenRun, open_run
-from distributed_eg.store.experts import ExpertReader, Reference
+from distributed_eg.errors import InputError
+from distributed_eg.runtime.messages import Observer
+from distributed_eg.runtime.run import Root, Run
+from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.weights import load_tensors
+from distributed_eg.strategy.avalanche_types import Template
+from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.strategy.predictor import TrainedRun
-from distributed_eg.types import AutoencoderKind
+from distributed_eg.strategy.predictor import Predictor
+from distributed_eg.strategy.tasks.data_identity import reference_identity
+from distributed_eg.strategy.training.packing import pack_metrics
 
 logger = logging.getLogger(__name__)
 
 _UNEQUAL = 3
 
 
-def start_run(
-    model: ExpertGate,
-    cluster: ClusterConfig,
-    method: MethodConfig,
-    settings: dict[str, Any],
-    device: str | None,
-    observer: Observer | None,
-) -> OpenRun:
-    """Open a run for ``model``; without a storage it lies in a temporary folder that lives as long as the model."""
-    by_ray = cluster.engine == "ray" and (device is None or device.startswith("cuda"))
-    run = open_run(
-        cluster,
-        method,
-        settings=settings,
-        root=model.expert,
-        backbone={
-            "arch": model.arch,
-            "custom": model.custom,
-            "weights": model.weights,
-            "pretrained": model.pretrained_flag,
-        },
-        feature_layer=model.output_layer_name,
-        shape=model.shape,
-        device=None if by_ray else device,
-        observer=observer,
-    )
-    if cluster.storage is None:
-        weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
-    return run
+class Driver:
+    """The run behind a strategy: opened by the first ``train``, closed with the strategy.
 
+    Args:
+        strategy: its model gets gate and experts after training.
+        own_names: attributes of the strategy that no subclass gave it.
+        method: the run's numbers.
+        cluster: where to run.
+        device: where workers compute; None: the GPU that each was given, else the CPU.
+        reference: a dataset or a file of ``save_reference``; None: the first task's features give the statistics.
+        observer: told of every stage that starts or ends.
+    """
 
-def adopt_reference(run: OpenRun, reference: Dataset[Any] | str | Path | None, kind: AutoencoderKind) -> None:
-    """Give the run its statistics, and the root its autoencoder, from a dataset or a file of ``save_reference``."""
-    if isinstance(reference, str | Path):
-        run.session.adopt_reference(Reference.load(reference, kind).store(run.storage))
-    elif reference is not None:
-        dataset = reference.eval() if hasattr(reference, "eval") else reference
-        shipped, _held = run.engine.shipper.ship(dataset, "the reference dataset")
-        run.session.fit_reference(shipped)
+    def __init__(
+        self,
+        strategy: Template,
+        own_names: frozenset[str],
+        method: MethodConfig,
+        cluster: ClusterConfig,
+        device: str | None,
+        reference: Dataset[object] | str | Path | None,
+        observer: Observer | None,
+    ) -> None:
+        self.own_names = own_names
+        self.reporter = GateReporter(strategy.evaluator)
+        self.fresh_metrics = pack_metrics(strategy)
+        """The evaluator's metrics as they are before they have seen anything: what every expert starts with."""
+        self._model: ExpertGate = strategy.model
+        self._method = method
+        self._cluster = cluster
+        self._device = device
+        self._reference = reference
+        self._observer = observer
+        self._run: Run | None = None
+        self._close: weakref.finalize[[], Driver] | None = None
+        self._reader: ExpertReader | None = None
 
+    @property
+    def run(self) -> Run | None:
+        """The run; None before there is one."""
+        return self._run
 
-@contextmanager
-def attaching(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resident_experts: int) -> Iterator[None]:
-    """After the block, hand ``model`` the gate over all sealed tasks; but whoever interrupts it waits for nothing."""
-    try:
-        yield
-    except Exception:
-        _attach(model, run, method, max_resident_experts)
-        raise
-    _attach(model, run, method, max_resident_experts)
+    @property
+    def registry(self) -> Registry:
+        """What the run's driver has seen; empty before there is a run."""
+        return Registry() if self._run is None else self._run.registry
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether there was a run and its workers are gone."""
+        return self._close is not None and not self._close.alive
 
-def _attach(model: ExpertGate, run: OpenRun, method: MethodConfig, max_resident_experts: int) -> None:
-    registry = run.session.registry
-    if registry.manifests and registry.statistics is not None:
-        if run.reader is None:
-            load = partial(load_tensors, run.storage)
-            run.reader = ExpertReader(load, model.expert, max_resident_experts, model.device)
-        gate = run.reader.gate(registry.gate_ref(method))
-        model.attach(TrainedRun(gate, registry.expert_refs(), run.reader, run.threads))
+    def tables(self) -> tuple[pa.Table, pa.Table]:
+        """Registry and relatedness table; empty before there is a run."""
+        if self._run is None:
+            return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
+        return self._run.registry.tables()
 
+    def open(self, settings: Mapping[str, object]) -> Run:
+        """The run; made at the first call, from ``settings`` beside what this driver was made with.
 
-def tables(run: OpenRun | None) -> tuple[pa.Table, pa.Table]:
-    """Registry and relatedness table; empty before there is a run."""
-    if run is None:
-        return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
-    return run.session.registry.tables()
+        Without a storage it lies in a temporary folder that lives as long as the model.
 
+        Raises:
+            InputError: it was closed, or the reference cannot be used.
+            ExpertGateError: what ``Run.open`` raises.
+        """
+        if self.is_closed:
+            raise InputError("This strategy was closed; make a new one.")
+        if self._run is None:
+            model, cluster = self._model, self._cluster
+            described = {
+                "arch": model.arch,
+                "custom": model.custom,
+                "weights": model.weights,
+                "pretrained": model.pretrained_flag,
+            }
+            root = Root(model.expert, model.output_layer_name, model.shape, described)
+            by_ray = cluster.engine == "ray" and (self._device is None or self._device.startswith("cuda"))
+            device = None if by_ray else self._device
+            run = Run.open(cluster, self._method, root, settings, device, self._observer)
+            if cluster.storage is None:
+                weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
+            try:
+                self._adopt_reference(run)
+            except BaseException:
+                run.discard()
+                raise
+            self._close = weakref.finalize(self, run.close)
+            self._run = run
+        return self._run
 
-def warn_of_unequal_tasks(registry: Registry) -> None:
-    """Say where the gate is known to be weak: a small task's subspace explains its own unseen images worse."""
-    sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.newest.items()}
-    if not sizes:
-        return
-    smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
-    if sizes[largest] > _UNEQUAL * sizes[smallest]:
-        logger.warning(
-            "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images of "
-            "small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
-            smallest,
-            sizes[smallest],
-            largest,
-            sizes[largest],
-        )
+    def close(self) -> None:
+        """End the workers, and Ray where it was started here. The model keeps its gate and its experts."""
+        if self._close is not None:
+            self._close()
+
+    @contextmanager
+    def attaching(self) -> Iterator[None]:
+        """After the block, hand the model the gate over all sealed tasks; whoever interrupts it waits for nothing."""
+        try:
+            yield
+        except Exception:
+            self._attach()
+            raise
+        self._attach()
+
+    def reference_identity(self) -> dict[str, str | int] | str | None:
+        """What the reference is recognised by; a dataset is read from a copy, for it may count what is read."""
+        reference = self._reference
+        is_file = reference is None or isinstance(reference, str | Path)
+        return reference_identity(reference if is_file else pickle.loads(cloudpickle.dumps(reference)))
+
+    def save_reference(self, path: str | Path) -> None:
+        """Write the run's statistics, and the root's autoencoder where it has one, for another run.
+
+        Raises:
+            InputError: nothing is trained yet.
+            StorageError: the file cannot be written.
+        """
+        if self._run is None or self._run.registry.statistics is None:
+            raise InputError("There are no statistics to save yet: call train first.")
+        reference = Reference.of_run(self._run.storage, self._run.registry.statistics)
+        reference.save(path, self._method.autoencoder.kind)
+
+    def warn_of_unequal_tasks(self) -> None:
+        """Say where the gate is known to be weak: a small task's subspace explains its own unseen images worse."""
+        registry = self.registry
+        sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.newest.items()}
+        if not sizes:
+            return
+        smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
+        if sizes[largest] > _UNEQUAL * sizes[smallest]:
+            logger.warning(
+                "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
+                "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
+                smallest,
+                sizes[smallest],
+                largest,
+                sizes[largest],
+            )
+
+    def _adopt_reference(self, run: Run) -> None:
+        """Give the run its statistics, and the root its autoencoder."""
+        reference = self._reference
+        if isinstance(reference, str | Path):
+            run.adopt_reference(Reference.load(reference, self._method.autoencoder.kind).store(run.storage))
+        elif reference is not None:
+            dataset = reference.eval() if hasattr(reference, "eval") else reference
+            shipped, _held = run.shipper.ship(dataset, "the reference dataset")
+            run.fit_reference(shipped)
+
+    def _attach(self) -> None:
+        run, model = self._run, self._model
+        if run is not None and run.registry.manifests and run.registry.statistics is not None:
+            if self._reader is None:
+                load = partial(load_tensors, run.storage)
+                self._reader = ExpertReader(load, model.expert, self._cluster.max_resident_experts, model.device)
+            gate = self._reader.gate(run.registry.gate_ref(self._method))
+            experts = run.registry.expert_refs()
+            model.attach(Predictor(gate, experts, self._reader, self._cluster.threads))

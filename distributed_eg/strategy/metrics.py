@@ -1,21 +1,25 @@
-"""The method's own metrics, as Avalanche plugin metrics: gate, expert given the right task, and end to end."""
+"""The method's own metrics: gate, expert given the right task, end to end; and what reports them in any evaluator."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from avalanche.evaluation.metric_definitions import GenericPluginMetric, PluginMetric
-from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_results import MetricResult, MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
 from avalanche.evaluation.metrics.mean import Mean
+from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor
+
+from distributed_eg.strategy.avalanche_types import Metric, Plugin, Template
 
 Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence"]
 Level = Literal["experience", "stream"]
-ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
-"""What ``ExpertGateStrategy.eval`` reports whatever the evaluator holds."""
+_ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
+_CALLBACKS = frozenset({"before_eval", "before_eval_exp", "after_eval_iteration", "after_eval_exp", "after_eval"})
 
 
 class RoutedBatch(NamedTuple):
@@ -45,7 +49,7 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         self.quantity = quantity
         self.level = level
 
-    def update(self, strategy: Any) -> None:
+    def update(self, strategy: Template) -> None:
         """Take the current mini-batch in."""
         routed: RoutedBatch | None = getattr(strategy, "routed", None)
         if routed is None:
@@ -59,7 +63,7 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         }
         self._metric.update(values[self.quantity].double().mean().item(), len(targets))
 
-    def _package_result(self, strategy: Any) -> Any:
+    def _package_result(self, strategy: Template) -> MetricResult:
         # Where nothing was routed (an evaluation inside an expert's training) there is nothing to say.
         return super()._package_result(strategy) if self._metric.weight > 0 else None
 
@@ -88,22 +92,23 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
         rows = [[self._counts[right, chosen] for chosen in self._tasks] for right in self._tasks]
         return torch.tensor(rows, dtype=torch.int64)
 
-    def before_eval(self, strategy: Any) -> None:
+    def before_eval(self, strategy: Template) -> None:
         """A stream begins."""
         self.reset()
 
-    def after_eval_iteration(self, strategy: Any) -> None:
+    def after_eval_iteration(self, strategy: Template) -> None:
         """Take the current mini-batch in."""
         routed: RoutedBatch | None = getattr(strategy, "routed", None)
         if routed is not None:
             pairs = zip(routed.right_tasks.tolist(), routed.tasks.tolist(), strict=True)
             self._counts.update(pair for pair in pairs if pair[0] >= 0)
 
-    def after_eval(self, strategy: Any) -> list[MetricValue] | None:
+    def after_eval(self, strategy: Template) -> MetricResult:
         """A stream has ended: say the matrix."""
         if not self._counts:
             return None
-        self._tasks = strategy.registry["task"].to_pylist()
+        registry = getattr(strategy, "registry", None)  # who routes has one
+        self._tasks = [] if registry is None else registry["task"].to_pylist()
         name = get_metric_name(self, strategy, add_experience=False, add_task=False)
         return [MetricValue(self, name, self.result(), strategy.clock.train_iterations)]
 
@@ -111,20 +116,44 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
         return "Gate_ConfusionMatrix_Stream"
 
 
-def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[PluginMetric[Any]]:
+def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[Metric]:
     """The method's metrics, each per experience and for the stream as asked, with the gate's confusion matrix.
 
     ``ExpertGateStrategy.eval`` reports gate, expert and end-to-end accuracy whatever the evaluator holds; put these
     into your own ``EvaluationPlugin`` to have all of them, where you want them.
     """
     asked: dict[Level, bool] = {"experience": experience, "stream": stream}
-    quantities: tuple[Quantity, ...] = (*ALWAYS, "Gate_Confidence")
+    quantities: tuple[Quantity, ...] = (*_ALWAYS, "Gate_Confidence")
     levels = [level for level, wanted in asked.items() if wanted]
-    metrics: list[PluginMetric[Any]] = [RoutingMetric(quantity, level) for quantity in quantities for level in levels]
+    metrics: list[Metric] = [RoutingMetric(quantity, level) for quantity in quantities for level in levels]
     return [*metrics, GateConfusionMatrix()] if stream else metrics
 
 
-def own_metrics() -> list[RoutingMetric]:
-    """What is reported whatever the evaluator holds."""
-    levels: tuple[Level, ...] = ("experience", "stream")
-    return [RoutingMetric(quantity, level) for quantity in ALWAYS for level in levels]
+class GateReporter(Plugin):
+    """Drives those of the method's metrics that ``evaluator`` lacks in front of it, whatever that holds; it logs what
+    they publish with its own next values."""
+
+    def __init__(self, evaluator: EvaluationPlugin) -> None:
+        super().__init__()
+        named = {str(metric) for metric in evaluator.metrics}
+        levels: tuple[Level, ...] = ("experience", "stream")
+        own = [RoutingMetric(quantity, level) for quantity in _ALWAYS for level in levels]
+        self._metrics = [metric for metric in own if str(metric) not in named]
+
+    def __getattribute__(self, name: str) -> object:
+        return _publisher(self, name) if name in _CALLBACKS else super().__getattribute__(name)
+
+
+def _publisher(reporter: GateReporter, callback: str) -> Callable[..., None]:
+    def publish(strategy: Template, *_: object, **__: object) -> None:
+        experience = strategy.experience
+        if experience is not None:
+            strategy.experience = experience.logging()
+        try:
+            for metric in reporter._metrics:
+                for value in getattr(metric, callback)(strategy) or []:
+                    strategy.evaluator.publish_metric_value(value)
+        finally:
+            strategy.experience = experience
+
+    return publish

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from distributed_eg.config import AutoencoderConfig
-from distributed_eg.errors import BackboneError, InputError
+from distributed_eg.config import AutoencoderConfig, MethodConfig
+from distributed_eg.errors import BackboneError, InputError, StorageError
 from distributed_eg.method.backbone import Backbone, build_network, last_feature_layer
-from distributed_eg.method.expert import find_head, freeze_norm, scatter_logits
-from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, Routing, combine_experts
-from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.strategy.predictor import TrainedRun, from_tensors, take_tensors
+from distributed_eg.method.expert import find_head
+from distributed_eg.method.gate import Routing
+from distributed_eg.store import layout
+from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Artifact, Storage
+from distributed_eg.store.weights import load_tensors
+from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind
 
 _DEFAULT_LAYER = "features"
-_IN_MEMORY = 4
-"""Experts built at a time where a model holds all of their tensors anyway."""
 
 
 class ExpertGate(nn.Module):
@@ -84,7 +86,7 @@ class ExpertGate(nn.Module):
         self.feature_shape = Backbone(root, output_layer_name, self.shape).feature_shape
         find_head(root)
         self.expert = root.to(self.device)
-        self._run: TrainedRun | None = None
+        self._predictor: Predictor | None = None
 
     def train(self, mode: bool = True) -> ExpertGate:
         """As in torch, but the root network stays in eval mode: it is a template, and the backbone."""
@@ -112,13 +114,37 @@ class ExpertGate(nn.Module):
             StorageError: there is no such run, or a file of it is damaged.
             BackboneError: the run's network was a module of your own and ``arch`` is missing, or does not fit.
         """
-        from distributed_eg.strategy.loading import load_model  # it needs this class
+        storage = Storage(run_uri)
+        identity = storage.read_record(layout.RUN)
+        backbone, settings = identity["backbone"], dict(identity["method"])
+        method = MethodConfig(**{**settings, "autoencoder": AutoencoderConfig(**settings["autoencoder"])})
+        if arch is None and backbone["custom"]:
+            raise BackboneError(f"The run {run_uri!r} was trained with a network of its own: give arch= that network.")
+        model = ExpertGate(
+            tuple(backbone["shape"]),
+            device,
+            arch if arch is not None else backbone["arch"],
+            pretrained_flag=False,
+            output_layer_name=backbone["feature_layer"],
+            autoencoder=method.autoencoder.kind,
+        )
+        try:
+            model.expert.load_state_dict(load_tensors(storage, Artifact(**backbone["root"])))
+        except RuntimeError as error:
+            raise BackboneError(
+                f"The network given for {run_uri!r} is another one than the run was trained with."
+            ) from error
+        registry = Registry.read(storage)
+        if not registry.manifests:
+            raise StorageError(f"The run {run_uri!r} holds no finished task yet.")
+        reader = ExpertReader(partial(load_tensors, storage), model.expert, max_resident_experts, model.device)
+        gate = reader.gate(registry.gate_ref(method))
+        model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"]))
+        return model.eval()
 
-        return load_model(run_uri, device, arch, max_resident_experts)
-
-    def attach(self, run: TrainedRun) -> None:
+    def attach(self, predictor: Predictor) -> None:
         """Take the gate over all tasks trained so far, and where their experts are read from on demand."""
-        self._run = run
+        self._predictor = predictor
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate and predict.
@@ -131,12 +157,10 @@ class ExpertGate(nn.Module):
             a class. Before training, or in training mode, the root network's own logits.
         """
         images = x.to(self.device)
-        if self.training or self._run is None:
-            return self.expert(images)
-        run = self._run
-        with torch.no_grad(), reproducible(0, run.threads):
-            weights = run.gate.answering(self._route(run, images))
-            return combine_experts(images, weights, lambda task: run.reader.expert(run.experts[task]), run.width)
+        if self.training or self._predictor is None:
+            logits: Tensor = self.expert(images)
+            return logits
+        return self._predictor.predict(images, self._features)
 
     def gate(self, x: Tensor) -> Routing:
         """Route images (n, channels, height, width): (tasks, confidences, errors), one row a sample.
@@ -144,10 +168,12 @@ class ExpertGate(nn.Module):
         Raises:
             InputError: nothing is trained yet.
         """
-        if self._run is None:
+        if self._predictor is None:
             raise InputError("The model has no gate yet: train it with ExpertGateStrategy.")
-        with torch.no_grad(), reproducible(0, self._run.threads):
-            return self._route(self._run, x.to(self.device))
+        return self._predictor.route(x.to(self.device), self._features)
+
+    def _features(self, images: Tensor) -> Tensor:
+        return Backbone(self.expert, self.output_layer_name, self.shape).forward(images)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertGate:
         """As in torch; gate and experts follow the root network to its device."""
@@ -155,67 +181,32 @@ class ExpertGate(nn.Module):
         device = next((parameter.device for parameter in self.expert.parameters()), self.device)
         if device != self.device:
             self.device = device
-            self._run = None if self._run is None else self._run.to(device, self.expert)
+            self._predictor = None if self._predictor is None else self._predictor.to(device, self.expert)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the predictor holds; empty before training."""
+        return {} if self._predictor is None else self._predictor.tensors(self.autoencoder)
+
+    def _take(self, state: dict[str, Tensor], prefix: str) -> Predictor | None:
+        return take_predictor(state, prefix, self.expert, self.autoencoder, self.device, self.feature_shape)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The root network's tensors, and after training the gate's and every expert's."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._run is not None:
-            destination |= {prefix + name: value for name, value in self._run.tensors(self.autoencoder).items()}
+        destination |= {prefix + name: value for name, value in self._tensors().items()}
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        tensors = take_tensors(state_dict, prefix)
-        run = None
-        if tensors:
-            run = from_tensors(tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device, self.feature_shape)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        predictor = self._take(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._run = run
+        self._predictor = predictor
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: the run becomes tensors, experts included."""
-        run = self._run
-        return {**self.__dict__, "_run": None if run is None else run.tensors(self.autoencoder)}
+    def __getstate__(self) -> dict[str, object]:
+        """For pickle and deepcopy: the predictor becomes tensors, experts included."""
+        return {**self.__dict__, "_predictor": self._tensors()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        stored = state["_run"]
-        super().__setstate__({**state, "_run": None})
-        if stored is not None:
-            tensors = take_tensors(dict(stored), "")
-            self._run = from_tensors(
-                tensors, self.expert, self.autoencoder, _IN_MEMORY, self.device, self.feature_shape
-            )
-
-    def _route(self, run: TrainedRun, images: Tensor) -> Routing:
-        return run.gate.route(Backbone(self.expert, self.output_layer_name, self.shape)(images))
-
-
-class SingleExpert(nn.Module):
-    """The expert in training, as a strategy's hooks see it on a worker: ``strategy.model.expert``.
-
-    Its outputs stand for dataset class ids: in training mode logits with −inf at other tasks' classes (cross-entropy
-    and its gradient are those of local logits), in eval mode finite log-probabilities.
-    """
-
-    def __init__(self, expert: nn.Module, classes: tuple[int, ...], width: int, *, freeze_norm: bool) -> None:
-        super().__init__()
-        self.expert = expert
-        self.classes = classes
-        self.width = width
-        self._freeze_norm = freeze_norm
-
-    def train(self, mode: bool = True) -> SingleExpert:
-        """As in torch; normalisation statistics stay frozen where the run says so."""
-        super().train(mode)
-        if mode and self._freeze_norm:
-            freeze_norm(self.expert)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs (n, width) for images (n, channels, height, width)."""
-        logits = self.expert(x)
-        if self.training:
-            return scatter_logits(logits, self.classes, self.width)
-        output = logits.new_full((len(logits), self.width), ABSENT_LOG_PROBABILITY)
-        output[:, list(self.classes)] = torch.log_softmax(logits, dim=1)
-        return output
+    def __setstate__(self, state: dict[str, object]) -> None:
+        tensors = state["_predictor"]
+        super().__setstate__({**state, "_predictor": None})
+        assert isinstance(tensors, dict)
+        self._predictor = self._take(dict(tensors), "")

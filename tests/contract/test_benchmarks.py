@@ -51,6 +51,7 @@ from distributed_eg.errors import InputError
 from distributed_eg.runtime.dispatcher import Progress
 from distributed_eg.schedule.events import Stage
 from tests.helpers import INLINE, hashes, task_images, tiny_benchmark, tiny_strategy
+from tests.inside import registry_of, sample_counts_of
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -115,8 +116,7 @@ def train_and_eval(benchmark: CLScenario, **settings: Any) -> tuple[list[int], l
     with tiny_strategy(evaluator=evaluator, train_epochs=1, **settings) as strategy:
         strategy.train(benchmark.train_stream)
         metrics = strategy.eval(benchmark.test_stream)
-        assert strategy._open is not None
-        classes = [manifest.classes for manifest in strategy._open.session.registry.newest.values()]
+        classes = [manifest.classes for manifest in registry_of(strategy).newest.values()]
         return strategy.registry["label"].to_pylist(), classes, metrics
 
 
@@ -456,8 +456,7 @@ def test_a_valid_stream_given_to_train_is_what_relatedness_is_measured_on() -> N
     evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
     with tiny_strategy(eval_every=0, evaluator=evaluator) as strategy:
         metrics = strategy.train(benchmark.train_stream, valid_stream=valid)
-        assert strategy._open is not None
-        counts = [record.num_samples for record in strategy._open.session.registry.autoencoders.values()]
+        counts = sample_counts_of(strategy)
     assert counts == [60, 60]
     assert "Top1_Acc_Exp/eval_phase/valid_stream/Task001/Exp001" in metrics
 
@@ -478,8 +477,7 @@ def test_benchmark_with_validation_stream() -> None:
     benchmark = benchmark_with_validation_stream(tiny_benchmark((0, 1), labels=False), validation_size=12, seed=1)
     with tiny_strategy(train_epochs=1) as strategy:
         strategy.train(benchmark.train_stream, valid_stream=benchmark.valid_stream)
-        assert strategy._open is not None
-        counts = [record.num_samples for record in strategy._open.session.registry.autoencoders.values()]
+        counts = sample_counts_of(strategy)
     assert counts == [48, 48]
 
 
@@ -493,9 +491,7 @@ def test_the_valid_stream_of_a_benchmark_is_found() -> None:
     with tiny_strategy(train_epochs=1) as found, tiny_strategy(train_epochs=1) as given:
         found.train(benchmark.train_stream)
         given.train(benchmark.train_stream, valid_stream=benchmark.streams["valid"])
-        assert found._open is not None
-        counts = [record.num_samples for record in found._open.session.registry.autoencoders.values()]
-        assert counts == [40, 40]
+        assert sample_counts_of(found) == [40, 40]
         assert hashes(found) == hashes(given)
         assert found.relatedness == given.relatedness
 

@@ -16,13 +16,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training import Naive
-from avalanche.training.plugins import (
-    EarlyStoppingPlugin,
-    EvaluationPlugin,
-    EWCPlugin,
-    LRSchedulerPlugin,
-    ReplayPlugin,
-)
+from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin, EWCPlugin, LRSchedulerPlugin, ReplayPlugin
 from torch import Tensor, nn
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
@@ -30,6 +24,7 @@ from distributed_eg.errors import InputError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import INLINE, SEED_METHODS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.inside import manifests_of
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -132,7 +127,7 @@ class Seen(SupervisedPlugin):
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
         """The loss is that of this mini-batch, and gradients are the expert's."""
-        self.must("loss", bool(torch.isfinite(strategy.loss).all()) and float(strategy.loss) > 0)
+        self.must("loss", bool(torch.isfinite(strategy.loss).all()) and float(strategy.loss.detach()) > 0)
         self.must("gradients", all(p.grad is not None for p in strategy.model.expert.parameters()))
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
@@ -342,7 +337,7 @@ class TestBothEngines:
 
 def expert(strategy: Any, task: int = 0) -> dict[str, Tensor]:
     """The sealed weights of a task's expert."""
-    return load_tensors(Storage(strategy.run_dir), strategy._open.session.registry.manifests[task].expert)
+    return load_tensors(Storage(strategy.run_dir), manifests_of(strategy)[task].expert)
 
 
 def epoch_metrics() -> EvaluationPlugin:

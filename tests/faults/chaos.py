@@ -192,12 +192,12 @@ class _Points:
 
     def wrap(self) -> None:
         """Wrap what writes and reads; stages and training once they are imported, for they import torch."""
-        from distributed_eg.store import storage
+        from distributed_eg.store import local_files
         from distributed_eg.store.storage import Storage
 
         self._around(Storage, "write", self._write)
         self._around(Storage, "create", self._write)
-        self._around(storage, "_temporary", self._temporary)
+        self._around(local_files, "temporary", self._temporary)
         self._around(Storage, "read", self._read)
         self._around(Storage, "__init__", self._open)
 
@@ -297,7 +297,7 @@ class _Points:
 
         self._around(_ExpertRules, "before_update", self._iterate)
         stage = type(request).__name__.removesuffix("Request").lower()
-        task = getattr(getattr(request, "input", None), "task", None)
+        task = request.input.record.task if hasattr(request, "input") else None
         where = stage if task is None else f"{stage} of task {task}"
         self._task = task
         self.reach(f"begin {where}")

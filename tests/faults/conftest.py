@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,22 @@ def chaos(tmp_path: Path) -> Iterator[Chaos]:
     with installed(tmp_path / "chaos") as kit:
         yield kit
         kit.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nodes_script(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[str], Path] | None]:
+    """``nodes.py`` and the file that it prints to, where a test asks what it tells. It mostly waits for Ray: it begins
+    with the first test of this folder, and plays its stories while others run."""
+    if not any(item.path.name == "test_nodes.py" for item in request.session.items):
+        yield None
+        return
+    printed = tmp_path_factory.mktemp("nodes") / "printed"
+    command = [sys.executable, str(Path(__file__).with_name("nodes.py"))]
+    with printed.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, text=True) as process:
+        yield process, printed
+        process.kill()
 
 
 @pytest.fixture(scope="session")

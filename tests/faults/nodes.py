@@ -43,7 +43,7 @@ from ray.core.generated import autoscaler_pb2
 
 from distributed_eg import ClusterConfig, ExpertGateStrategy
 from distributed_eg.errors import ResourceError
-from distributed_eg.runtime.dispatcher import Progress
+from distributed_eg.runtime.messages import Progress
 from distributed_eg.runtime.ray_backend import engine
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
 from distributed_eg.store.storage import TEMPORARY

@@ -23,6 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import cloudpickle
+import psutil
 import ray
 from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
@@ -56,7 +57,7 @@ class Records(logging.Handler):
 
 
 def own(run: str) -> dict[str, Any]:
-    """Train two tasks on a cluster that the package starts itself, under a umask that hides nothing."""
+    """Train two tasks on a cluster that the package starts itself, under a umask that hides nothing; close it."""
     from tests import helpers
     from tests.faults.chaos import wait_for
 
@@ -69,15 +70,23 @@ def own(run: str) -> dict[str, Any]:
         print(json.dumps({"address": ray.get_runtime_context().gcs_address}), flush=True)
 
     threading.Thread(target=tell_address, daemon=True).start()
-    with helpers.tiny_strategy(ClusterConfig(num_workers=1, storage=run)) as strategy:
+    scratch = Path(run).with_name("scratch")
+    scratch.mkdir()
+    with helpers.tiny_strategy(ClusterConfig(num_workers=1, storage=run, scratch=str(scratch))) as strategy:
         strategy.train(helpers.tiny_benchmark((0, 1)).train_stream)
         guarded = get_authentication_mode() == AuthenticationMode.TOKEN
         sys.stdin.read()
+        processes = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(processes, timeout=20)
     file = Path.home() / ".ray" / "auth_token"
     token = file.read_text().strip()
     files = [path for path in Path(run).rglob("*") if path.is_file()]
     return {
         "guarded": guarded,
+        "num_processes": len(processes),
+        "left": [process.name() for process in alive if process.status() != psutil.STATUS_ZOMBIE],
+        "scratch": os.listdir(scratch),
+        "rows": strategy.registry.num_rows,
         "rights": oct(file.stat().st_mode & 0o777),
         "num_records": len(records.records),
         "num_files": len(files),

@@ -46,11 +46,18 @@ def note(log: str, what: str, **values: Any) -> None:
 
 
 class EpochLog(SupervisedPlugin):
-    """Notes every epoch that an expert begins; it remembers nothing, so that checkpoints can do without it."""
+    """Notes every epoch that an expert begins; it remembers nothing, as its empty state says."""
 
     def __init__(self, log: str) -> None:
         super().__init__()
         self._log = log
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
     def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Note it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ Story = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def stories() -> dict[str, Story]:
+def stories(nodes_script: tuple[subprocess.Popen[str], Path]) -> dict[str, Story]:
     """What happened on a cluster of several nodes; in a process of its own, for this one may hold the suite's Ray."""
-    script = Path(__file__).with_name("nodes.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"story"')]
+    process, printed = nodes_script
+    code, text = process.wait(timeout=280), printed.read_text()
+    assert code == 0, text[-3000:]
+    told = [json.loads(line) for line in text.splitlines() if line.startswith('{"story"')]
     return {story["story"]: story for story in told}
 
 

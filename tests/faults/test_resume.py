@@ -13,8 +13,10 @@ import torch
 from avalanche.evaluation.metrics import forgetting_metrics
 from avalanche.training.plugins import EvaluationPlugin
 
-from distributed_eg import ClusterConfig, ExpertGate
+from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import DamagedFileError, DivergedError, ResumeError, StorageError
+from distributed_eg.store.records import seal
+from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import verify
 from tests.faults.chaos import HARMS, Chaos, Fault
@@ -60,6 +62,14 @@ def different_net() -> ExpertGate:
     return ExpertGate(SHAPE, arch=tiny_net(seed=7), autoencoder="linear")
 
 
+class Tuned(ExpertGateStrategy):
+    """A subclass with a setting of its own."""
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(**others)
+        self.alpha = 0.2
+
+
 @pytest.mark.parametrize(
     ("overrides", "lines"),
     [
@@ -67,8 +77,12 @@ def different_net() -> ExpertGate:
         ({"train_epochs": 4, "temp": 3}, ["method.temp: the run has 2, now 3", "settings.train_epochs: .* 3, now 4"]),
         ({"model": different_net}, [r"backbone\.root\.sha256: the run has '?[0-9a-f]{12}….*, now '?[0-9a-f]{12}…"]),
         ({"distillation_weight": 0.5}, [r"method\.distillation_weight: the run has 1\.0, now 0\.5"]),
+        (
+            {"cls": lambda: Tuned},
+            ["settings.strategy.alpha: the run has nothing, now 0.2", r"strategy\.class: .*Tuned'"],
+        ),
     ],
-    ids=["seed", "two at once", "backbone", "weight"],
+    ids=["seed", "two at once", "backbone", "weight", "subclass"],
 )
 def test_other_settings_are_refused_and_all_are_named(run: Path, overrides: dict[str, Any], lines: list[str]) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file() and "sessions" not in path.parts}
@@ -82,9 +96,33 @@ def test_other_settings_are_refused_and_all_are_named(run: Path, overrides: dict
 def test_other_data_are_refused_and_named(run: Path) -> None:
     """The second task's images are of another domain."""
     with pytest.raises(
-        ResumeError, match=r"another task 1:\n  identity\.data\.content: the run has [0-9a-f]{12}…, now"
+        ResumeError, match=r"another task 1:\n  identity\.data\.samples: the run has [0-9a-f]{12}…, now"
     ):
         train(run, domains=(0, 2, 1))
+
+
+def test_a_run_of_an_earlier_version_is_taken_up_by_what_its_records_know(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They tell data by all their content, and know no samples: the log says once that these are not compared."""
+
+    def write(length: int) -> None:
+        storage = Storage(str(run))
+        for record in Registry.read(storage).arrivals.values():
+            record.identity["data"].pop("samples", None)
+            record.identity["data"] |= {"content": "0" * 64, "length": length}
+            seal(storage, record)
+
+    write(61)
+    with pytest.raises(ResumeError, match=r"another task 0:\n  identity\.data\.length: the run has 61, now 60\n\S"):
+        train(run)
+    write(60)
+    before = content(run)
+    caplog.clear()
+    longer = (0, 0, 1, 2)
+    assert train(run, longer) == train(tmp_path / "fresh", longer)
+    assert sum("begun by an earlier version" in record.message for record in caplog.records) == 1
+    assert content(run).items() >= before.items()
 
 
 def test_a_storage_with_a_run_is_not_taken_up_unasked(run: Path) -> None:

@@ -92,6 +92,12 @@ def test_a_cluster_that_we_start_asks_for_a_token(seen: Seen) -> None:
     assert seen.facts["warnings"] == []
 
 
+def test_closing_ends_the_ray_that_we_started_and_leaves_nothing(seen: Seen) -> None:
+    """No process, no file in the scratch folder; the tables can still be read."""
+    assert seen.facts["num_processes"] > 0
+    assert (seen.facts["left"], seen.facts["scratch"], seen.facts["rows"]) == ([], [], 2)
+
+
 def test_the_token_is_its_owners_alone(seen: Seen) -> None:
     """Ray writes it with the umask's rights, 0644 here."""
     assert seen.facts["rights"] == "0o600"

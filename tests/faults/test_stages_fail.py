@@ -17,10 +17,7 @@ pytestmark = pytest.mark.faults
 
 
 def test_memory_that_runs_out_once_is_tried_again_and_a_stage_that_raises_is_not(chaos: Chaos) -> None:
-    chaos.plan(
-        Fault("iteration 1 of epoch 0 of task 0", "memory"),
-        Fault("relate task 1", "memory", times=100),
-    )
+    chaos.plan(Fault("iteration 1 of epoch 0 of task 0", "memory"), Fault("relate task 1", "memory", times=100))
     with tiny_strategy(INLINE, **SETTINGS) as strategy:
         with pytest.raises(TaskFailedError) as caught:
             strategy.train(tiny_benchmark((0, 1)).train_stream)

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_eg.method.autoencoder import Autoencoder
-from distributed_eg.method.gate import (
-    ABSENT_LOG_PROBABILITY,
-    Expert,
-    Gate,
-    Routing,
-    combine_experts,
-    make_gate,
-)
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, Expert, Gate, Routing, combine_experts, make_gate
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.method.standardize import Statistics

@@ -336,10 +336,5 @@ def test_it_holds_its_two_matrices_and_two_biases_and_nothing_else() -> None:
     """No backbone inside: h·D twice, and the biases."""
     fitted = fit_sgd(config(latent_dim=6), Rows(subspace_rows(8, 50, domain=1, seed=0)), seed=0)
     shapes = {name: tuple(tensor.shape) for name, tensor in fitted.tensors().items()}
-    assert shapes == {
-        "encoder_weight": (6, 50),
-        "encoder_bias": (6,),
-        "decoder_weight": (50, 6),
-        "decoder_bias": (50,),
-    }
+    assert shapes == {"encoder_weight": (6, 50), "encoder_bias": (6,), "decoder_weight": (50, 6), "decoder_bias": (50,)}
     assert all(math.isfinite(float(tensor.sum())) for tensor in fitted.tensors().values())

@@ -18,6 +18,8 @@ import torch
 from avalanche.training.plugins import EvaluationPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy, make_benchmark
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Storage
 
 # The tasks of the two datasets alternate: each dataset has small and large ones.
 SIZES = [40, 40, 400, 400, 40, 40, 400, 400, 40, 40]
@@ -60,8 +62,7 @@ def measure(name: str, data: str, engine: str) -> dict[str, Any]:
         started = time.perf_counter()
         strategy.train(benchmark.scenario.train_stream)
         train_s = time.perf_counter() - started
-        assert strategy._open is not None
-        records = strategy._open.session.registry.relatedness
+        records = Registry.read(Storage(strategy.run_dir or "")).relatedness
         shares = [record.own_error / record.variance for _, record in sorted(records.items())]
         model.eval()
         gate, domain = [], []
@@ -93,7 +94,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--data", required=True)
-    parser.add_argument("--engine", default="inline")
+    parser.add_argument("--engine", choices=["ray", "inline"], default="inline")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     for recipe in arguments.recipes:

@@ -20,6 +20,8 @@ import torch
 from avalanche.training.plugins import EvaluationPlugin
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy, make_benchmark
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Storage
 
 
 class PeakMemory(threading.Thread):
@@ -56,10 +58,10 @@ def main() -> None:
     """Train, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--num-workers", type=int, default=None)
-    parser.add_argument("--engine", default="ray")
+    parser.add_argument("--num-workers", type=int, help="as many as there are CPUs where not given; ray only")
+    parser.add_argument("--engine", choices=["ray", "inline"], default="ray")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--autoencoder", default="sgd")
+    parser.add_argument("--autoencoder", choices=["sgd", "linear"], default="sgd")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     memory = PeakMemory()
@@ -67,7 +69,8 @@ def main() -> None:
     benchmark = make_benchmark("split-mnist", data=arguments.data, image_size=227, train_per_task=128, test_per_task=64)
     linear = arguments.autoencoder == "linear"
     model = ExpertGate(benchmark.shape, pretrained_flag=False, autoencoder=arguments.autoencoder)
-    cluster = ClusterConfig(engine=arguments.engine, num_workers=arguments.num_workers, threads=arguments.threads)
+    workers = "auto" if arguments.num_workers is None else arguments.num_workers
+    cluster = ClusterConfig(engine=arguments.engine, num_workers=workers, threads=arguments.threads)
     with ExpertGateStrategy(
         model=model,
         optimizer=torch.optim.SGD(model.expert.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4),
@@ -84,10 +87,8 @@ def main() -> None:
         metrics = strategy.eval(benchmark.scenario.test_stream)
         evaluated = time.perf_counter()
         per_task = [round(seconds, 2) for seconds in strategy.registry["train_s"].to_pylist()]
-        autoencoder_bytes = sum(
-            m.autoencoder.size_bytes
-            for m in strategy._open.session.registry.manifests.values()  # type: ignore[union-attr]
-        )
+        manifests = Registry.read(Storage(strategy.run_dir or "")).manifests.values()
+        autoencoder_bytes = sum(manifest.autoencoder.size_bytes for manifest in manifests)
     memory.done.set()
     streams = {name.split("/")[0]: round(value, 4) for name, value in metrics.items() if "_Stream" in name}
     answer = {

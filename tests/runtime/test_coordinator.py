@@ -9,16 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from distributed_eg.errors import RunInUseError, StorageError
-from distributed_eg.runtime.coordinator import Coordinator, Record
+from distributed_eg.runtime.coordinator import Coordinator
 from distributed_eg.store import layout
 from distributed_eg.store.lease import Lease
 from distributed_eg.store.records import (
     AutoencoderRecord,
+    Record,
     RelatednessRecord,
     StageTiming,
     StatisticsRecord,
     TaskManifest,
     TaskRecord,
+    TaskTimings,
+    artifact_of_record,
 )
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
@@ -46,12 +49,17 @@ def records_of(task: int, relatedness: Artifact | None = None) -> list[Record]:
     return found
 
 
+def timings(task: int, seconds: float = 1.5) -> TaskTimings:
+    """Who trained a task's expert."""
+    return TaskTimings(task, (StageTiming("expert", "w0", seconds),))
+
+
 def seal(coordinator: Coordinator, task: int) -> None:
     """Record everything of a task, as a driver does."""
     autoencoder, related = records_of(task)
     coordinator.record(autoencoder)
     sealed = coordinator.record(related)
-    coordinator.note_timings(task, [StageTiming("expert", "w0", 1.5)])
+    coordinator.record(timings(task))
     coordinator.record(records_of(task, sealed)[2])
 
 
@@ -92,14 +100,7 @@ def test_a_new_coordinator_on_the_same_directory_knows_the_same(uri: str) -> Non
         coordinator.record(record)
     again = Coordinator(uri, 1).registry()
     known = coordinator.registry()
-    assert again.statistics == known.statistics
-    assert again.autoencoders == known.autoencoders
-    assert again.relatedness == known.relatedness
-    assert again.manifests == known.manifests
-    assert {task: again.relatedness_artifacts[task] for task in (0, 1)} == {
-        task: known.relatedness_artifacts[task] for task in (0, 1)
-    }
-    assert {task: timings for task, timings in again.timings.items() if timings} == known.timings
+    assert again == known
     assert [ours.equals(theirs) for ours, theirs in zip(again.tables(), known.tables(), strict=True)] == [True, True]
 
 
@@ -114,7 +115,7 @@ def test_a_coordinator_that_restarts_between_any_two_records_ends_with_the_same_
     for task in (0, 1, 2):
         Coordinator(broken, 1).record(records_of(task)[0])
         sealed = Coordinator(broken, 1).record(records_of(task)[1])
-        Coordinator(broken, 1).note_timings(task, [StageTiming("expert", "w0", 1.5)])
+        Coordinator(broken, 1).record(timings(task))
         Coordinator(broken, 1).record(records_of(task, sealed)[2])
     Coordinator(broken, 1).export()
     assert [*content(whole).values()] == [*content(broken).values()]
@@ -128,7 +129,7 @@ def test_sealing_the_same_record_twice_changes_nothing(uri: str, restarted: bool
     seal(coordinator, 0)
     before = content(uri)
     second = Coordinator(uri, 1) if restarted else coordinator
-    sealed = second.registry().relatedness_artifacts[0]
+    sealed = artifact_of_record(second.registry().relatedness[0])
     assert [second.record(record) for record in (STATISTICS, *records_of(0, sealed))] == [
         coordinator.record(record) for record in (STATISTICS, *records_of(0, sealed))
     ]
@@ -142,12 +143,12 @@ def test_another_record_for_the_same_task_is_refused(uri: str, which: int, resta
     coordinator.record(STATISTICS)
     seal(coordinator, 0)
     before = content(uri)
-    known = [STATISTICS, *records_of(0, coordinator.registry().relatedness_artifacts[0])][which]
+    known = [STATISTICS, *records_of(0, artifact_of_record(coordinator.registry().relatedness[0]))][which]
     changes = [{"num_samples": 61}, {"num_samples": 61}, {"variance": 4.5}, {"expert": artifact("another")}][which]
     other = dataclasses.replace(known, **changes)
-    what = ["statistics", "autoencoder of task 0", "relatedness of task 0", "task 0"][which]
+    what = ["statistics", "00000/autoencoder", "00000/relatedness", "00000/manifest"][which]
     second = Coordinator(uri, 1) if restarted else coordinator
-    with pytest.raises(StorageError, match=f"another record for .*{what}"):
+    with pytest.raises(StorageError, match=f"already holds another .*{what}.json"):
         second.record(other)
     assert content(uri) == before
     second.record(known)
@@ -171,7 +172,7 @@ def test_what_a_failed_task_left_may_be_replaced(uri: str, restarted: bool) -> N
     coordinator.record(records_of(1, sealed)[2])
     for known in (coordinator.registry(), Coordinator(uri, 1).registry()):
         assert (known.autoencoders[1], known.relatedness[1]) == (autoencoder, relatedness)
-        assert known.relatedness_artifacts[1] == sealed
+        assert artifact_of_record(known.relatedness[1]) == sealed
         assert set(known.manifests) == {0, 1}
 
 
@@ -212,7 +213,7 @@ def test_a_task_without_a_manifest_is_not_in_the_tables(uri: str) -> None:
     seal(coordinator, 0)
     for record in records_of(1):
         coordinator.record(record)
-    coordinator.note_timings(1, [StageTiming("relate", "w0", 2.0)])
+    coordinator.record(TaskTimings(1, (StageTiming("relate", "w0", 2.0),)))
     for known in (coordinator.registry(), Coordinator(uri, 1).registry()):
         registry, relatedness = known.tables()
         assert registry["task"].to_pylist() == [0]
@@ -221,6 +222,26 @@ def test_a_task_without_a_manifest_is_not_in_the_tables(uri: str) -> None:
     registry, relatedness = Coordinator(uri, 1).registry().tables()
     assert registry["task"].to_pylist() == [0, 1]
     assert relatedness["task"].to_pylist() == [1]
+
+
+def test_timings_may_always_be_replaced(uri: str) -> None:
+    """A sealed task's stage was run again; nothing names what its timings were."""
+    coordinator = Coordinator(uri, 1)
+    coordinator.record(STATISTICS)
+    seal(coordinator, 0)
+    sealed = coordinator.record(timings(0, 2.5))
+    assert Storage(uri).read_artifact(sealed)
+    assert Coordinator(uri, 1).registry().timings == coordinator.registry().timings == {0: timings(0, 2.5)}
+
+
+def test_the_same_record_is_the_same_whatever_it_went_through(uri: str) -> None:
+    """NaN equals no NaN, and a tuple comes back from JSON as a list; what is sealed is the same."""
+    coordinator = Coordinator(uri, 1)
+    coordinator.record(STATISTICS)
+    arrival = TaskRecord(0, 10, (0, 1), (0,), None, {"classes": (0, 1), "mean": float("nan")})
+    coordinator.record(arrival)
+    seal(coordinator, 0)
+    assert Coordinator(uri, 1).record(arrival) == artifact_of_record(arrival)
 
 
 def test_the_export_reads_back_equal(uri: str) -> None:
@@ -265,7 +286,7 @@ def test_what_arrived_is_kept_and_may_change_only_while_its_task_is_not_sealed(u
     coordinator.record(corrected)
     seal(coordinator, 0)
     assert Coordinator(uri, 1).registry().arrivals == {0: corrected}
-    with pytest.raises(StorageError, match="the arrival of task 0"):
+    with pytest.raises(StorageError, match=r"another .*00000/task\.json"):
         coordinator.record(arrival)
 
 
@@ -278,11 +299,7 @@ def test_nothing_is_written_for_a_driver_whose_run_was_taken_over(uri: str) -> N
     first.release()
     second = Lease.acquire(storage)
     before = content(uri)
-    calls = (
-        lambda: coordinator.record(records_of(1)[0]),
-        lambda: coordinator.note_timings(0, []),
-        coordinator.export,
-    )
+    calls = (lambda: coordinator.record(records_of(1)[0]), lambda: coordinator.record(timings(0)), coordinator.export)
     for call in calls:
         with pytest.raises(RunInUseError, match="Another driver has taken over"):
             call()

@@ -1,6 +1,6 @@
 """The machine, told one story at a time: order of stages, forests of experts, pulling, and many tasks at once.
 
-What may happen in any order is the simulation's, in ``test_simulate.py``.
+What may happen in any order is the simulation's, in ``simulation/test_runs.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from distributed_eg.schedule.events import (
     StreamEnded,
     TaskArrived,
     WorkerJoined,
+    WorkerLost,
 )
 from distributed_eg.schedule.instructions import PullTask, RunStage
 from distributed_eg.schedule.machine import Machine, ScheduleError
@@ -246,8 +247,11 @@ def test_tasks_of_an_earlier_call_are_parents_and_are_not_trained_again() -> Non
         (TaskArrived(7),),
         (StreamEnded(), TaskArrived(0)),
         (StageFinished(3, FEATURES, 1),),
+        (WorkerJoined("w0", "node"), TaskArrived(0), WorkerLost("w0", "died"), StageFinished(0, FEATURES, 1)),
+        (WorkerJoined("w0", "node"), TaskArrived(0), StageFinished(0, AUTOENCODER, 1)),
+        (WorkerJoined("w0", "node"), TaskArrived(0), StageFinished(0, FEATURES, 2)),
     ],
-    ids=["arrived twice", "committed before", "after the end", "unknown task"],
+    ids=["arrived twice", "committed before", "after the end", "unknown task", "lost", "other stage", "other attempt"],
 )
 def test_what_cannot_happen_is_told_with_the_last_events(events: tuple[Event, ...]) -> None:
     machine = Machine([7], has_statistics=True)
@@ -262,7 +266,7 @@ def test_a_parent_must_be_an_earlier_task() -> None:
     story = Story(1, workers=1)
     story.finish_until(0, RELATE)
     run = story.running[0]
-    with pytest.raises(ScheduleError, match="a parent that is unknown or later"):
+    with pytest.raises(ScheduleError, match="names parent 0, unknown or later"):
         story.machine.handle(StageFinished(0, RELATE, run.attempt, parent=0))
 
 

@@ -1,4 +1,4 @@
-"""Reading a run back: experts on demand, the gate over all tasks, and references between runs."""
+"""Reading a run back: experts on demand, the gate over all tasks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from distributed_eg.errors import ExpertGateError, InputError, StorageError
+from distributed_eg.errors import StorageError
 from distributed_eg.method.autoencoder import Autoencoder
 from distributed_eg.method.expert import derive_expert
 from distributed_eg.method.gate import make_gate
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.method.standardize import Statistics
-from distributed_eg.store.experts import ExpertReader, ExpertRef, GateRef, Reference, save_statistics
+from distributed_eg.store.experts import ExpertReader, ExpertRef, GateRef
 from distributed_eg.store.records import StatisticsRecord
-from distributed_eg.store.storage import Storage
+from distributed_eg.store.reference import save_statistics
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import AutoencoderKind
 
@@ -61,6 +61,12 @@ def seal_expert(storage: Storage, task: int, classes: Sequence[int]) -> tuple[Ex
     expert = derive_expert(network(), len(classes), seed=task + 1)
     artifact = save_tensors(storage, f"tasks/{task:05d}/expert", expert.state_dict())
     return ExpertRef(artifact, tuple(classes)), expert
+
+
+def path_of(ref: ExpertRef) -> str:
+    """Where a sealed expert is."""
+    assert isinstance(ref.source, Artifact)
+    return ref.source.path
 
 
 def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
@@ -127,10 +133,18 @@ def test_an_expert_that_was_evicted_comes_back_the_same(storage: Storage) -> Non
 def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> None:
     """Two tasks may end with the same bytes; what their outputs stand for is still each task's own."""
     ref, _ = seal_expert(storage, 0, (0, 1))
-    twin = ExpertRef(ref.artifact, (6, 7))
+    twin = ExpertRef(ref.source, (6, 7))
     reader = ExpertReader(partial(load_tensors, storage), network(), 2, "cpu")
     assert reader.expert(ref).classes == (0, 1)
     assert reader.expert(twin).classes == (6, 7)
+
+
+def test_experts_in_memory_are_read_by_their_task_s_number() -> None:
+    experts = {task: derive_expert(network(), 2, seed=task) for task in (0, 1)}
+    reader = ExpertReader(lambda task: experts[task].state_dict(), network(), 2, "cpu")
+    images = torch.randn(5, WIDTH)
+    for task, expert in experts.items():
+        assert torch.equal(reader.expert(ExpertRef(task, (0, 1))).network(images), expert.eval()(images))
 
 
 @pytest.mark.parametrize(
@@ -141,17 +155,17 @@ def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> 
 def test_an_expert_of_another_architecture_is_named(storage: Storage, root: nn.Module, classes: tuple[int]) -> None:
     ref, _ = seal_expert(storage, 0, (0, 1))
     with pytest.raises(StorageError, match="does not fit this run's backbone") as caught:
-        ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ExpertRef(ref.artifact, classes))
-    assert ref.artifact.path in str(caught.value)
+        ExpertReader(partial(load_tensors, storage), root, 1, "cpu").expert(ExpertRef(ref.source, classes))
+    assert path_of(ref) in str(caught.value)
 
 
 def test_a_damaged_expert_is_named_and_the_reader_goes_on(storage: Storage, tmp_path: Path) -> None:
     good, bad = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
-    (tmp_path / "run" / bad.artifact.path).write_bytes(b"")
+    (tmp_path / "run" / path_of(bad)).write_bytes(b"")
     reader = ExpertReader(partial(load_tensors, storage), network(), 1, "cpu")
     with pytest.raises(StorageError, match="damaged") as caught:
         reader.expert(bad)
-    assert bad.artifact.path in str(caught.value)
+    assert path_of(bad) in str(caught.value)
     reader.expert(good)
 
 
@@ -186,60 +200,3 @@ def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
         reader.gate(ref)
     assert loads.call_count == 2
     assert reader.statistics(ref.statistics).num_samples == 77
-
-
-ROOTS = [None, autoencoder("linear", 4).tensors()]
-
-
-def same(found: Reference, expected: Reference) -> bool:
-    """Whether two references hold the same."""
-    ours, theirs = found.statistics, expected.statistics
-    roots = found.root_autoencoder, expected.root_autoencoder
-    return (
-        torch.equal(ours.mean, theirs.mean)
-        and torch.equal(ours.std, theirs.std)
-        and ours.num_samples == theirs.num_samples
-        and (roots[0] is None) == (roots[1] is None)
-        and (not roots[0] or not roots[1] or all(torch.equal(roots[0][name], roots[1][name]) for name in roots[1]))
-        and (roots[0] or {}).keys() == (roots[1] or {}).keys()
-    )
-
-
-@pytest.mark.parametrize("root", ROOTS, ids=["statistics only", "with a root"])
-def test_a_reference_goes_through_a_file_and_through_a_run(storage: Storage, tmp_path: Path, root: dict | None) -> None:
-    """Run to file to another run: the same numbers, and the same artifact in the end."""
-    reference = Reference(statistics(), root)
-    record = reference.store(storage)
-    assert (record.root_autoencoder is None) == (root is None)
-    of_run = Reference.of_run(storage, record)
-    assert same(of_run, reference)
-    of_run.save(tmp_path / "reference.safetensors", "linear")
-    loaded = Reference.load(tmp_path / "reference.safetensors", "linear")
-    assert same(loaded, reference)
-    assert loaded.store(Storage(str(tmp_path / "other"))) == record
-
-
-def test_a_reference_without_root_fits_either_kind(tmp_path: Path) -> None:
-    Reference(statistics(), None).save(tmp_path / "r", "linear")
-    assert Reference.load(str(tmp_path / "r"), "sgd").root_autoencoder is None
-
-
-def test_a_reference_of_another_kind_is_refused_with_both_names(tmp_path: Path) -> None:
-    Reference(statistics(), autoencoder("linear", 1).tensors()).save(tmp_path / "r", "linear")
-    with pytest.raises(InputError, match="'linear' autoencoder, not 'sgd'"):
-        Reference.load(tmp_path / "r", "sgd")
-
-
-def test_a_reference_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("no tensors")
-    (tmp_path / "folder").mkdir()
-    save_file({"mean": torch.zeros(2)}, tmp_path / "other")
-    for name in ("missing", "text", "folder", "other"):
-        with pytest.raises(InputError, match=name):
-            Reference.load(tmp_path / name, "linear")
-
-
-def test_a_reference_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """The run took hours, the path has a slip in it: an error of ours, that a caller may catch and try again."""
-    with pytest.raises(ExpertGateError, match="missing"):
-        Reference(statistics(), None).save(tmp_path / "missing" / "r", "linear")

@@ -50,11 +50,7 @@ def storage(tmp_path: Path) -> Storage:
 def driver() -> Iterator[subprocess.Popen[str]]:
     """A process that takes the lease of each run directory that it is told."""
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", DRIVER], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with process:
         assert process.stdout is not None

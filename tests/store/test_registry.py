@@ -19,6 +19,7 @@ from distributed_eg.store.records import (
     StatisticsRecord,
     TaskManifest,
     TaskRecord,
+    TaskTimings,
 )
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
@@ -33,13 +34,13 @@ def write_task(storage: Storage, task: int, label: int) -> TaskManifest:
     autoencoder, expert = Artifact(f"a{task}", f"sha-a{task}", 1), Artifact(f"e{task}", f"sha-e{task}", 1)
     rows = (RelatednessRow(task, parent, 2.0, 1.0, 4.0, "variance", 0.75, True, "lwf"),) if task else ()
     choice = TransferChoice(parent, "lwf" if task else "fresh")
-    records.write_autoencoder(storage, AutoencoderRecord(task, label, "linear", autoencoder, 60))
-    related = records.write_relatedness(storage, RelatednessRecord(task, choice, 1.0, 4.0, rows))
+    records.seal(storage, AutoencoderRecord(task, label, "linear", autoencoder, 60))
+    related = records.seal(storage, RelatednessRecord(task, choice, 1.0, 4.0, rows))
     classes = (2 * task, 2 * task + 1)
-    records.write_task(storage, TaskRecord(task, label, classes, (task,), None, {}))
+    records.seal(storage, TaskRecord(task, label, classes, (task,), None, {}))
     manifest = TaskManifest(task, label, (task,), classes, parent, choice.transfer, None, autoencoder, related, expert)
-    records.write_manifest(storage, manifest)
-    records.write_timings(storage, task, [StageTiming("expert", "w0", 1.0)])
+    records.seal(storage, manifest)
+    records.seal(storage, TaskTimings(task, (StageTiming("expert", "w0", 1.0),)))
     return manifest
 
 
@@ -47,7 +48,7 @@ def write_task(storage: Storage, task: int, label: int) -> TaskManifest:
 def storage(tmp_path: Path) -> Storage:
     """A run of three tasks with labels 30, -4 and 7."""
     storage = Storage(str(tmp_path / "run"))
-    records.write_statistics(storage, STATISTICS)
+    records.seal(storage, STATISTICS)
     for task, label in enumerate((30, -4, 7)):
         write_task(storage, task, label)
     return storage
@@ -114,10 +115,10 @@ def test_timings_are_not_needed(storage: Storage, tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_names_another_autoencoder_is_refused(storage: Storage) -> None:
-    record = records.read_autoencoder(storage, 1)
+    record = records.read(storage, AutoencoderRecord, 1)
     assert record is not None
-    records.write_autoencoder(storage, replace(record, artifact=replace(record.artifact, sha256="another")))
-    with pytest.raises(StorageError, match="manifest of task 1"):
+    records.seal(storage, replace(record, artifact=replace(record.artifact, sha256="another")))
+    with pytest.raises(StorageError, match=r"00001/manifest\.json.*does not fit"):
         Registry.read(storage)
 
 
@@ -153,3 +154,17 @@ def test_what_others_put_beside_the_tasks_is_left_alone(storage: Storage, tmp_pa
     (tmp_path / "run/tasks/.nfs0000000012").write_bytes(b"")
     (tmp_path / "run/tasks/00001/.writing-abc").write_bytes(b"half")
     assert set(Registry.read(storage).manifests) == {0, 1, 2}
+
+
+def test_a_record_is_found_in_the_place_that_it_was_added_to(storage: Storage) -> None:
+    """One call keeps a record of any kind; the driver's copy is as the coordinator's."""
+    registry, copy = Registry.read(storage), Registry()
+    for record in records.read_all(storage).records.values():
+        assert copy.find(record) is None
+        copy.add(record)
+        assert copy.find(record) is record
+        assert registry.find(record) == record
+    assert copy == registry
+    other = replace(STATISTICS, num_samples=1)
+    copy.add(other)
+    assert copy.find(STATISTICS) is copy.statistics is other

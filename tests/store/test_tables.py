@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distributed_eg.store import layout
-from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest
+from distributed_eg.store.records import RelatednessRecord, StageTiming, TaskManifest, TaskTimings
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import (
     REGISTRY_SCHEMA,
@@ -40,8 +40,8 @@ def related(task: int, candidates: list[int | None], chosen: int | None) -> Rela
 
 
 TIMINGS = {
-    0: [StageTiming("features", "w0", 1.0), StageTiming("expert", "w1", 2.5)],
-    2: [StageTiming("expert", "w0", 4.0), StageTiming("expert", "w2", 8.0)],
+    0: TaskTimings(0, (StageTiming("features", "w0", 1.0), StageTiming("expert", "w1", 2.5))),
+    2: TaskTimings(2, (StageTiming("expert", "w0", 4.0), StageTiming("expert", "w2", 8.0))),
 }
 
 
@@ -63,7 +63,7 @@ def test_the_registry_has_one_row_a_task_in_task_order() -> None:
 
 def test_who_did_it_and_for_how_long_shows_in_two_columns_only() -> None:
     manifests = [manifest(0, None), manifest(1, 0)]
-    others = {task: [StageTiming("expert", "elsewhere", 99.0)] for task in (0, 1)}
+    others = {task: TaskTimings(task, (StageTiming("expert", "elsewhere", 99.0),)) for task in (0, 1)}
     quick, slow = registry_table(manifests, TIMINGS), registry_table(manifests, others)
     assert not quick.equals(slow)
     side = ["train_s", "worker"]

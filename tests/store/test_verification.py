@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 
 from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
-from distributed_eg.store import layout
+from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease
+from distributed_eg.store.records import CheckpointRecord
 from distributed_eg.store.storage import REPAIR, Storage, record_bytes
 from distributed_eg.store.verification import Damage, collect, unnamed, verify
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, tiny_benchmark, tiny_net, tiny_strategy
@@ -158,10 +158,7 @@ def test_one_damage_does_not_hide_the_next(run: Path) -> None:
     _truncate(run / "tasks/00003/timings.json")
     expected = {path.relative_to(run).as_posix() for path in harmed}
     found = damages(run)
-    assert {damage.path for damage in found} == expected | {
-        "tasks/00001/manifest.json",
-        "tasks/00003/timings.json",
-    }
+    assert {damage.path for damage in found} == expected | {"tasks/00001/manifest.json", "tasks/00003/timings.json"}
     assert len(found) == 5
 
 
@@ -239,9 +236,8 @@ def put(run: Path, path: str, data: bytes = b"12345") -> str:
 def checkpoint(run: Path, task: int) -> tuple[str, str]:
     """A checkpoint as an expert stage leaves it: its weights and its record."""
     artifact = Storage(str(run)).write(f"{layout.task_weights(task, 'checkpoint')}-0123456789abcdef.safetensors", b"w")
-    record = layout.task_file(task, "checkpoint")
-    Storage(str(run)).write_record(record, {"key": "k", "tensors": asdict(artifact)})
-    return artifact.path, record
+    record = CheckpointRecord(task, "k", 1, None, artifact)
+    return artifact.path, records.seal(Storage(str(run)), record).path
 
 
 def test_what_nothing_names_goes_and_all_else_stays(run: Path) -> None:

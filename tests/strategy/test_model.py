@@ -386,8 +386,8 @@ class TestLoad:
         """At most so many are in memory, and none before an image asks for it."""
         live, path = run
         loaded = ExpertGate.load(str(path), arch=tiny_net(9), max_resident_experts=most)
-        assert loaded._run is not None
-        resident = loaded._run.reader._experts
+        assert loaded._predictor is not None
+        resident = loaded._predictor.reader._experts
         assert len(resident) == 0
         loaded.gate(images_of())
         assert len(resident) == 0

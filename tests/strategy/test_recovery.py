@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from distributed_eg import ClusterConfig, gate_metrics
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.messages import AutoencoderRequest, Done, FeaturesRequest, TaskInput
-from distributed_eg.strategy.tasks.experiences import parts_of, task_data
+from distributed_eg.runtime.messages import AutoencoderRequest, Done, FeaturesRequest
+from distributed_eg.store.records import AutoencoderRecord
 from tests.helpers import SHAPE, hashes, tiny_benchmark, tiny_strategy
+from tests.inside import engine_of, registry_of, task_input, worker_of
 
 
 def test_a_closed_strategy_refuses_to_train_and_to_evaluate() -> None:
@@ -141,18 +142,16 @@ def test_features_of_a_random_dataset_are_extracted_again_bit_for_bit() -> None:
     experience = jittering().train_stream[0]
     with tiny_strategy() as strategy:
         strategy.train(tiny_benchmark((5,)).train_stream)
-        run = strategy._open
-        assert run is not None
-        worker, statistics = run.engine._worker, run.session.registry.statistics  # type: ignore[attr-defined]
-        part = parts_of(experience)[0]
-        shipped, _held = run.engine.shipper.ship(task_data(part, 7, 0, 0.1), "data")
+        worker, statistics = worker_of(strategy), registry_of(strategy).statistics
+        assert statistics is not None
         artifacts = []
         for key, extracted_before in (("here", True), ("there", False)):
-            task_input = TaskInput(7, 7, part.classes, shipped, part.info, key, (7,))
+            task = task_input(strategy, experience, 7, key=key)
             if extracted_before:
-                assert isinstance(worker.run(FeaturesRequest(task_input, False)), Done)
-            done = worker.run(AutoencoderRequest(task_input, statistics))
+                assert isinstance(worker.run(FeaturesRequest(task, False)), Done)
+            done = worker.run(AutoencoderRequest(task, statistics))
             assert isinstance(done, Done)
+            assert isinstance(done.result, AutoencoderRecord)
             artifacts.append(done.result.artifact)
     assert artifacts[0] == artifacts[1]
 
@@ -163,11 +162,10 @@ def test_how_an_evaluation_is_cut_into_requests_does_not_matter(monkeypatch: pyt
     results = []
     with tiny_strategy(train_epochs=0) as strategy:
         strategy.train(benchmark.train_stream)
-        run = strategy._open
-        assert run is not None
-        workers = run.engine.workers()
+        engine = engine_of(strategy)
+        workers = engine.workers()
         for count in (1, 3):
-            monkeypatch.setattr(run.engine, "workers", lambda count=count: workers * count)
+            monkeypatch.setattr(engine, "workers", lambda count=count: workers * count)
             results.append(strategy.eval(benchmark.test_stream[0]))
             monkeypatch.undo()
     assert results[0] == results[1]

@@ -15,6 +15,7 @@ from distributed_eg import ExpertGate, ExpertGateStrategy
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import SHAPE, hashes, task_images, tiny_net, tiny_strategy
+from tests.inside import registry_of
 
 
 def stream(*steps: tuple[int, int, int, tuple[int, ...]]) -> Any:
@@ -54,8 +55,7 @@ def test_continuing_commits_the_next_version_of_the_task() -> None:
         assert table["transfer"].to_pylist()[0] == "continue"
         assert table["parent"].to_pylist()[0] == 0
         assert table["num_classes"].to_pylist() == [3, 2, 2]
-        assert strategy._open is not None
-        manifest = strategy._open.session.registry.newest[0]
+        manifest = registry_of(strategy).newest[0]
         assert manifest.versions == (0, 2)
         assert manifest.classes == (0, 1, 4)
         metrics = strategy.eval(stream(*STEPS).test_stream)
@@ -67,8 +67,7 @@ def test_a_later_task_sees_the_newest_version_that_precedes_it() -> None:
     with trained() as strategy:
         rows = [row for row in strategy.relatedness.to_pylist() if row["task"] == 3]
         assert [row["candidate"] for row in rows] == [1, 0]
-        assert strategy._open is not None
-        record = strategy._open.session.registry.relatedness[3]
+        record = registry_of(strategy).relatedness[3]
         assert [row.candidate for row in record.rows] == [1, 2]
         assert record.choice.parent == 2
 
@@ -87,8 +86,7 @@ def test_a_stream_and_its_steps_give_the_same(autoencoder: Any, on_repeat: str) 
 def test_the_autoencoder_goes_on_from_its_summary() -> None:
     """Its mean is that of both versions' samples; the first version's own images are not there any more."""
     with trained() as strategy:
-        assert strategy._open is not None
-        storage, registry = Storage(strategy.run_dir or ""), strategy._open.session.registry
+        storage, registry = Storage(strategy.run_dir or ""), registry_of(strategy)
         first = load_tensors(storage, registry.manifests[0].autoencoder)
         second = load_tensors(storage, registry.manifests[2].autoencoder)
     assert int(first["num_samples"]) == 54
@@ -100,8 +98,7 @@ def test_the_autoencoder_goes_on_from_its_summary() -> None:
 def test_the_head_keeps_what_it_knew() -> None:
     """Without a single epoch the continued expert answers for its old classes as before."""
     with trained(train_epochs=0) as strategy:
-        assert strategy._open is not None
-        storage, registry = Storage(strategy.run_dir or ""), strategy._open.session.registry
+        storage, registry = Storage(strategy.run_dir or ""), registry_of(strategy)
         first = load_tensors(storage, registry.manifests[0].expert)
         second = load_tensors(storage, registry.manifests[2].expert)
     assert first["head.weight"].shape[0] == 2
@@ -112,8 +109,7 @@ def test_the_head_keeps_what_it_knew() -> None:
 
 def test_a_new_expert_starts_as_a_new_task_does() -> None:
     with trained(on_repeat="new_expert") as strategy:
-        assert strategy._open is not None
-        registry = strategy._open.session.registry
+        registry = registry_of(strategy)
         again = registry.manifests[2]
         assert again.versions == (0, 2)
         assert again.transfer in ("finetune", "lwf")

@@ -22,16 +22,14 @@ from distributed_eg.errors import HookError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.inside import manifests_of
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 ENGINES = pytest.mark.parametrize(
     "cluster",
-    [
-        pytest.param(INLINE, id="inline"),
-        pytest.param(ClusterConfig(num_workers=2), id="ray", marks=[pytest.mark.ray]),
-    ],
+    [pytest.param(INLINE, id="inline"), pytest.param(ClusterConfig(num_workers=2), id="ray", marks=[pytest.mark.ray])],
 )
 
 
@@ -132,7 +130,7 @@ class TestTraining:
         experience = tiny_benchmark((0,)).train_stream
         with tiny_strategy(model=model, optimizer=optimizer, train_epochs=1) as one:
             one.train(experience)
-            state = load_tensors(Storage(one.run_dir or ""), one._open.session.registry.manifests[0].expert)  # type: ignore[union-attr]
+            state = load_tensors(Storage(one.run_dir or ""), manifests_of(one)[0].expert)
             assert torch.equal(state["features.0.weight"], model.expert.state_dict()["features.0.weight"])
             first = hashes(one)
         # After the first epoch the scheduler sets every rate to 0: further epochs change nothing.
@@ -331,7 +329,7 @@ class TestRun:
         reference = tiny_benchmark((0,), train=80).train_stream[0].dataset
         with tiny_strategy(reference=reference, rel_thresh=-1e9) as strategy:
             strategy.train(tiny_benchmark((0,)).train_stream)
-            manifest = strategy._open.session.registry.manifests[0]  # type: ignore[union-attr]
+            manifest = manifests_of(strategy)[0]
         assert (manifest.parent, manifest.transfer) == (None, "lwf")
         assert manifest.distillation > 0
 

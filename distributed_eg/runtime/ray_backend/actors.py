@@ -13,13 +13,11 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 
 from distributed_eg.errors import ExpertGateError, WorkerLostError
-from distributed_eg.runtime.coordinator import Record
 from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.worker.worker import TaskWorker
-from distributed_eg.store.records import StageTiming
+from distributed_eg.store.records import Record
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact
-from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +34,10 @@ class TaskWorkerActor:
 
     def __init__(self, setup: WorkerSetup) -> None:
         device = setup.device or _assigned_device()
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(setup.cluster.threads)
         # Avalanche's import says so in every process, and nothing here needs one.
         warnings.filterwarnings("ignore", message="no QP solver found")
-        self._worker = TaskWorker(setup, _fetch, torch.device(device))
+        self._worker = TaskWorker(setup, fetch, torch.device(device))
 
     def where(self) -> tuple[str, int]:
         """Node and process id."""
@@ -55,7 +53,7 @@ class TaskWorkerActor:
         self._worker.close()
 
 
-def _fetch(reference: Any) -> memoryview:
+def fetch(reference: Any) -> memoryview:
     """A leaf's bytes, without a copy, straight from the node's object store."""
     try:
         return memoryview(ray.get(reference))
@@ -80,15 +78,13 @@ class RemoteCoordinator:
 
     def registry(self) -> Registry:
         """Everything recorded so far."""
-        return _call(self._handle.registry.remote())
+        registry: Registry = _call(self._handle.registry.remote())
+        return registry
 
     def record(self, record: Record) -> Artifact:
         """Seal a record."""
-        return _call(self._handle.record.remote(record))
-
-    def note_timings(self, task: TaskId, timings: list[StageTiming]) -> None:
-        """Keep who did what for how long."""
-        _call(self._handle.note_timings.remote(task, timings))
+        artifact: Artifact = _call(self._handle.record.remote(record))
+        return artifact
 
     def export(self) -> None:
         """Write the tables as Parquet."""

@@ -20,13 +20,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from distributed_eg.config import ClusterConfig
 from distributed_eg.errors import InputError, ResourceError, RunInUseError, WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
-from distributed_eg.runtime.engine import Ended, Lost, Report
+from distributed_eg.runtime.engine import Ended, Report
 from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
-from distributed_eg.runtime.ray_backend.actors import CONTROL, RemoteCoordinator, TaskWorkerActor, wait_until_gone
+from distributed_eg.runtime.ray_backend.actors import (
+    CONTROL,
+    RemoteCoordinator,
+    TaskWorkerActor,
+    fetch,
+    wait_until_gone,
+)
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, attach_or_start, nodes
 from distributed_eg.runtime.ray_backend.errors import classify
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving
+from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving, WorkerLost
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ while it works is bounded by the budgets of the stages that it worked on."""
 
 @dataclass
 class _Call:
-    number: int
+    number: int | None
     since: float
 
 
@@ -91,6 +97,10 @@ class RayEngine:
         """Keep a leaf's bytes in the object store; a NumPy array is read there without a copy."""
         return ray.put(np.frombuffer(data, dtype=np.uint8))
 
+    def get(self, reference: Any) -> memoryview:
+        """A leaf's bytes, where they lie in this node's object store."""
+        return fetch(reference)
+
     def start(self) -> None:
         """Attach to the cluster or start Ray on this machine; start the coordinator."""
         self._owns_ray = attach_or_start(self._config, self._cpus)
@@ -117,7 +127,7 @@ class RayEngine:
         """Workers that are ready, and stay."""
         return [WorkerJoined(w.name, w.node or "") for w in self._pool.values() if not w.leaving]
 
-    def submit(self, call: int, worker: str, request: Request) -> None:
+    def submit(self, call: int | None, worker: str, request: Request) -> None:
         """Begin a call on a worker."""
         state = self._pool[worker]
         state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
@@ -143,7 +153,7 @@ class RayEngine:
             reports.extend(self._watch(nodes()))
         self._refuse_long_waits()
         # Whoever is told of an ended call may give that worker another one at once.
-        return sorted(reports, key=lambda report: not isinstance(report, Lost))
+        return sorted(reports, key=lambda report: not isinstance(report, WorkerLost))
 
     def abandon_calls(self) -> None:
         """End the workers that are busy; others take their places when there is work again."""
@@ -251,13 +261,13 @@ class RayEngine:
             outcome = ray.get(reference)
         except RayError as error:
             alive = not worker.leaving and any(node.id == worker.node for node in nodes())
-            failure = classify(error, node_is_alive=alive)
-            if failure.worker_is_gone:
-                return self._lose(worker, str(error), failure.cause, call.number)
-            outcome = Raised(None, str(error), str(error), 0.0, failure.cause)
+            cause, worker_is_gone = classify(error, node_is_alive=alive)
+            if worker_is_gone:
+                return self._lose(worker, str(error), cause)
+            outcome = Raised(None, str(error), str(error), 0.0, cause)
         return Ended(call.number, worker.name, outcome)
 
-    def _lose(self, worker: _Worker, message: str, cause: Cause, *calls: int) -> Lost:
+    def _lose(self, worker: _Worker, message: str, cause: Cause) -> WorkerLost:
         """Take a worker out, with its process where that still runs; another takes its place."""
         del self._pool[worker.name]
         ray.kill(worker.handle)
@@ -265,7 +275,7 @@ class RayEngine:
             first_line = message.split("\n")[0]
             logger.warning("%s is lost (%s), another takes its place: %s", worker.name, cause.value, first_line)
             self._spawn()
-        return Lost(worker.name, message, (*calls, *(call.number for call in worker.calls.values())), cause)
+        return WorkerLost(worker.name, message, cause)
 
     def _end_overdue(self) -> list[Report]:
         limit_s = self._config.stage_timeout_s

@@ -6,8 +6,6 @@ is never proof that the call did not run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -23,28 +21,25 @@ from ray.exceptions import (
 from distributed_eg.schedule.events import Cause
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a call failed; ``worker_is_gone`` where its worker cannot be asked again."""
+def classify(error: RayError, *, node_is_alive: bool) -> tuple[Cause, bool]:
+    """Why a worker's call failed, and whether its worker is gone, so that it cannot be asked again.
 
-    cause: Cause
-    worker_is_gone: bool
-
-
-def classify(error: RayError, *, node_is_alive: bool) -> Failure:
-    """What ``error``, from ``ray.get`` of a worker's call, means; ``node_is_alive`` tells of the worker's node."""
+    Args:
+        error: what ``ray.get`` of the call raised.
+        node_is_alive: whether the worker's node is there.
+    """
     if isinstance(error, RayTaskError):
         # The worker answers requests with values: what it raises came before or after the request itself.
         lost = isinstance(error.cause, ObjectLostError | NodeDiedError)
-        return Failure(Cause.NODE_LOST if lost else Cause.RAISED, worker_is_gone=False)
+        return Cause.NODE_LOST if lost else Cause.RAISED, False
     if isinstance(error, OutOfMemoryError):  # Ray's memory monitor ended the process
-        return Failure(Cause.OUT_OF_MEMORY, worker_is_gone=True)
+        return Cause.OUT_OF_MEMORY, True
     if isinstance(error, ActorUnavailableError | ActorUnschedulableError | NodeDiedError):
-        return Failure(Cause.NODE_LOST, worker_is_gone=True)
+        return Cause.NODE_LOST, True
     if isinstance(error, ActorDiedError) and error.preempted:
-        return Failure(Cause.NODE_LOST, worker_is_gone=True)
+        return Cause.NODE_LOST, True
     if isinstance(error, RayActorError):
-        return Failure(Cause.WORKER_LOST if node_is_alive else Cause.NODE_LOST, worker_is_gone=True)
+        return Cause.WORKER_LOST if node_is_alive else Cause.NODE_LOST, True
     if isinstance(error, ObjectLostError):  # the answer lay on a node that is gone, or with an owner that is
-        return Failure(Cause.NODE_LOST, worker_is_gone=not node_is_alive)
-    return Failure(Cause.RAISED, worker_is_gone=False)
+        return Cause.NODE_LOST, not node_is_alive
+    return Cause.RAISED, False

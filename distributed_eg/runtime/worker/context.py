@@ -42,18 +42,20 @@ class WorkerContext:
         self.storage = Storage(setup.storage_uri)
         self.root = setup.root.load(fetch).eval()
         self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
-        self.reader = ExpertReader(partial(load_tensors, self.storage), self.root, setup.max_resident_experts, device)
+        self.reader = ExpertReader(
+            partial(load_tensors, self.storage), self.root, setup.cluster.max_resident_experts, device
+        )
         self.scratch = setup.scratch_folder
         self.stopping = threading.Event()
         """Set once the driver has been told to stop; what runs looks at it between batches."""
         _clear_earlier(setup)
 
-    def batches(self, dataset: Any, first: int = 0, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and targets of samples [first, last), in order, in batches of the run's feature batch size."""
+    def batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and targets of all samples, in order, in batches of the run's feature batch size."""
         loader = DataLoader(
             dataset,
             batch_size=self.setup.method.feature_batch_size,
-            sampler=range(first, len(dataset) if last is None else last),
+            sampler=range(len(dataset)),
             collate_fn=getattr(dataset, "collate_fn", None),
         )
         for batch in loader:
@@ -92,8 +94,8 @@ class WorkerContext:
 
     def extract(self, task_input: TaskInput, dataset: Any, part: str) -> int:
         """Write a task's features of ``part`` to scratch; return how many samples there are."""
-        what = f"task {task_input.task} (label {task_input.label})"
-        allowed = torch.tensor(task_input.classes)
+        what = f"task {task_input.record.task} (label {task_input.record.label})"
+        allowed = torch.tensor(task_input.record.classes)
 
         def batches() -> Iterator[Tensor]:
             for images, targets in self.batches(dataset):
@@ -101,13 +103,13 @@ class WorkerContext:
                 if len(strangers):
                     raise InputError(
                         f"The targets of {what} hold the class {int(strangers[0])}, but the experience declares "
-                        f"{list(task_input.classes)}; check its target transform."
+                        f"{list(task_input.record.classes)}; check its target transform."
                     )
                 yield self.features(images, what)
 
         # A dataset may draw at random by itself: it must draw the same wherever and whenever it is read.
-        seed = derive_seed(self.setup.method.seed, task_input.task, f"features {part}")
-        with reproducible(seed, self.setup.threads):
+        seed = derive_seed(self.setup.method.seed, task_input.record.task, f"features {part}")
+        with reproducible(seed, self.setup.cluster.threads):
             return write_features(self.scratch_file(task_input.key, part), batches())
 
     def drop_features(self, key: str, part: str) -> None:

@@ -15,29 +15,16 @@ from distributed_eg.method.expert import continue_expert, derive_expert
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.standardize import Statistics, compute_statistics
+from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import (
-    AutoencoderRequest,
-    DropRequest,
-    EvaluateRequest,
-    EvaluateResult,
-    ExpertJob,
-    ExpertRequest,
-    ExpertResult,
-    ExpertTrainer,
-    FeaturesRequest,
-    FeaturesResult,
-    GateAndExperts,
-    ReferenceRequest,
-    RelateRequest,
-    TaskData,
-)
+from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExperts, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.experts import save_statistics
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
+from distributed_eg.store.reference import save_statistics
+from distributed_eg.store.storage import Artifact
 from distributed_eg.store.weights import save_tensors
 from distributed_eg.types import TaskId, TransferChoice, derive_seed
 
@@ -50,26 +37,25 @@ _ROOT_TASK = -1
 """Stands for the reference dataset where a seed asks for a task's number."""
 
 
-def extract_features(context: WorkerContext, request: FeaturesRequest) -> FeaturesResult:
+def extract_features(context: WorkerContext, request: messages.FeaturesRequest) -> StatisticsRecord | None:
     """Images through the backbone, once; on the run's first task the standardization statistics too."""
     task_input = request.input
     data: TaskData = task_input.data.load(context.fetch)
     num_train = context.extract(task_input, data.gate_train, "train")
-    num_valid = context.extract(task_input, data.gate_valid, "valid")
-    record = None
-    if request.with_statistics:
-        if num_train < _SMALL_FIRST_TASK:
-            logger.warning(
-                "The first task has only %d training images, and its features set the standardization of the whole "
-                "run; give reference= a larger dataset, or begin with a larger task.",
-                num_train,
-            )
-        statistics = compute_statistics(context.feature_file(task_input, "train", None).blocks(_BLOCK_ROWS))
-        record = StatisticsRecord(save_statistics(context.storage, statistics), statistics.num_samples)
-    return FeaturesResult(num_train, num_valid, record)
+    context.extract(task_input, data.gate_valid, "valid")
+    if not request.with_statistics:
+        return None
+    if num_train < _SMALL_FIRST_TASK:
+        logger.warning(
+            "The first task has only %d training images, and its features set the standardization of the whole "
+            "run; give reference= a larger dataset, or begin with a larger task.",
+            num_train,
+        )
+    statistics = compute_statistics(context.feature_file(task_input, "train", None).blocks(_BLOCK_ROWS))
+    return StatisticsRecord(save_statistics(context.storage, statistics), statistics.num_samples)
 
 
-def fit_reference(context: WorkerContext, request: ReferenceRequest) -> StatisticsRecord:
+def fit_reference(context: WorkerContext, request: messages.ReferenceRequest) -> StatisticsRecord:
     """Statistics of a reference dataset, and the autoencoder that makes the pretrained root a candidate."""
     dataset = request.data.load(context.fetch)
     path = context.scratch_file("reference", "train")
@@ -87,9 +73,9 @@ def fit_reference(context: WorkerContext, request: ReferenceRequest) -> Statisti
     return StatisticsRecord(save_statistics(context.storage, statistics), statistics.num_samples, root)
 
 
-def fit_task_autoencoder(context: WorkerContext, request: AutoencoderRequest) -> AutoencoderRecord:
+def fit_task_autoencoder(context: WorkerContext, request: messages.AutoencoderRequest) -> AutoencoderRecord:
     """Fit and seal a task's autoencoder; its training features are not needed any more."""
-    task, config = request.input.task, context.setup.method.autoencoder
+    task, config = request.input.record.task, context.setup.method.autoencoder
     features = context.feature_file(request.input, "train", request.statistics)
     seed = derive_seed(context.setup.method.seed, task, "autoencoder")
     before = request.start
@@ -97,14 +83,14 @@ def fit_task_autoencoder(context: WorkerContext, request: AutoencoderRequest) ->
     autoencoder = fit_autoencoder(config, features, seed, start=start)
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
     num_samples = len(features) + (0 if before is None else before.num_samples)
-    record = AutoencoderRecord(task, request.input.label, config.kind, artifact, num_samples)
+    record = AutoencoderRecord(task, request.input.record.label, config.kind, artifact, num_samples)
     context.drop_features(request.input.key, "train")
     return record
 
 
-def relate_task(context: WorkerContext, request: RelateRequest) -> RelatednessRecord:
+def relate_task(context: WorkerContext, request: messages.RelateRequest) -> RelatednessRecord:
     """Errors of every earlier autoencoder on a task's validation features, and the parent that follows."""
-    task, method = request.input.task, context.setup.method
+    task, method = request.input.record.task, context.setup.method
     kind = method.autoencoder.kind
     features = context.feature_file(request.input, "valid", request.statistics)
     artifacts = [request.own, *(artifact for _, artifact in request.candidates)]
@@ -113,15 +99,15 @@ def relate_task(context: WorkerContext, request: RelateRequest) -> RelatednessRe
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
     unit = relatedness_unit(kind)
     rows, choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
-    if request.input.continues is not None:
-        choice = TransferChoice(request.input.continues, "continue")
+    if request.input.record.continues is not None:
+        choice = TransferChoice(request.input.record.continues, "continue")
     if own > _LEARNT_SHARE * variance:
         logger.warning(
             "The autoencoder of task %d (label %d) has hardly learnt: its validation error %.4g is %.0f %% of the "
             "features' variance, so its relatedness means little. Try autoencoder='linear', more ae_train_epochs, a "
             "larger ae_lr or ae_optimizer='adagrad'.",
             task,
-            request.input.label,
+            request.input.record.label,
             own,
             100 * own / variance if variance else float("inf"),
         )
@@ -129,72 +115,75 @@ def relate_task(context: WorkerContext, request: RelateRequest) -> RelatednessRe
     return RelatednessRecord(task, choice, own, variance, tuple(rows))
 
 
-def train_expert(context: WorkerContext, request: ExpertRequest) -> ExpertResult:
+def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:
     """Train a task's expert with the user's own strategy, from its parent, and seal it."""
-    task_input, method = request.input, context.setup.method
+    arrived, method = request.input.record, context.setup.method
     parent = context.root if request.parent is None else context.reader.expert(request.parent).network
-    seed = derive_seed(method.seed, task_input.task, "head")
+    seed = derive_seed(method.seed, arrived.task, "head")
     if request.choice.transfer == "continue" and request.parent is not None:
-        network = continue_expert(parent, request.parent.classes, task_input.classes, seed)
+        network = continue_expert(parent, request.parent.classes, arrived.classes, seed)
     else:
-        network = derive_expert(parent, len(task_input.classes), seed)
+        network = derive_expert(parent, len(arrived.classes), seed)
     job = ExpertJob(
-        task=task_input.task,
-        label=task_input.label,
-        classes=task_input.classes,
+        task=arrived.task,
+        label=arrived.label,
+        classes=arrived.classes,
         network=network.to(context.device),
         teacher=parent.to(context.device) if request.choice.transfer == "lwf" else None,
-        data=task_input.data.load(context.fetch),
-        experience=task_input.experience,
+        data=request.input.data.load(context.fetch),
+        experience=request.input.experience,
         method=method,
         device=context.device,
         is_stopping=context.stopping.is_set,
-        checkpoints=CheckpointSlot(context.storage, task_input.task, _stage_key(context, request)),
-        checkpoint_every_s=context.setup.checkpoint_every_s,
+        checkpoints=CheckpointSlot(context.storage, arrived.task, _stage_key(context, request)),
+        checkpoint_every_s=context.setup.cluster.checkpoint_every_s,
     )
     trainer: ExpertTrainer = request.trainer.load(context.fetch)
     trained = trainer.train(job)
     state = trained.network.state_dict()
-    artifact = save_tensors(context.storage, task_weights(task_input.task, "expert"), state)
-    return ExpertResult(artifact, trained.distillation, trained.log)
+    artifact = save_tensors(context.storage, task_weights(arrived.task, "expert"), state)
+    return messages.ExpertResult(artifact, trained.distillation, trained.log)
 
 
-def _stage_key(context: WorkerContext, request: ExpertRequest) -> str:
+def _stage_key(context: WorkerContext, request: messages.ExpertRequest) -> str:
     """A hash of all that an expert is made from: only a stage with the same may go on from its checkpoint."""
-    task_input, setup = request.input, context.setup
+    arrived, setup = request.input.record, context.setup
+    parent = None if request.parent is None else request.parent.source
     made_from = {
-        "task": task_input.task,
-        "classes": task_input.classes,
+        "task": arrived.task,
+        "classes": arrived.classes,
         "choice": asdict(request.choice),
-        "parent": None if request.parent is None else request.parent.artifact.sha256,
+        "parent": parent.sha256 if isinstance(parent, Artifact) else parent,
         "method": asdict(setup.method),
-        "threads": setup.threads,
+        "threads": setup.cluster.threads,
         "device": context.device.type,
-        "identity": task_input.identity or task_input.key,
+        "identity": arrived.identity or request.input.key,
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
-def drop_features(context: WorkerContext, request: DropRequest) -> None:
+def drop_features(context: WorkerContext, request: messages.DropRequest) -> None:
     """Remove what a task left in this node's scratch folder."""
     for part in ("train", "valid"):
         context.drop_features(request.key, part)
 
 
 @torch.no_grad()
-def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult:
+def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messages.EvaluateResult:
     """Route and predict; each image passes the backbone once, and each chosen expert once."""
     dataset = request.data.load(context.fetch)
-    run: GateAndExperts = request.run.load(context.fetch)
-    gate = context.reader.gate(run.gate)
-    width = 1 + max(max(ref.classes) for ref in run.experts.values())
+    known: GateAndExperts = request.gate_and_experts.load(context.fetch)
+    gate = context.reader.gate(known.gate)
+    width = 1 + max(max(ref.classes) for ref in known.experts.values())
     right = torch.tensor(request.right_tasks, device=context.device)
     parts: list[tuple[torch.Tensor, ...]] = []
     answered: set[int] = set()
     for first in range(request.first, request.last, request.batch_size):
         last = min(first + request.batch_size, request.last)
         # A dataset that draws by itself must draw the same however the experience is cut into requests.
-        with reproducible(derive_seed(context.setup.method.seed, -1, f"evaluate {first}"), context.setup.threads):
+        with reproducible(
+            derive_seed(context.setup.method.seed, -1, f"evaluate {first}"), context.setup.cluster.threads
+        ):
             samples = [dataset[i] for i in range(first, last)]
         images, targets = dataset.collate_fn(samples)[:2]
         features = context.features(images, "the evaluated experience")
@@ -202,26 +191,19 @@ def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult
         routing = gate.route(features)
 
         def expert_of(task: TaskId) -> Expert:
-            return context.reader.expert(run.experts[task])
+            return context.reader.expert(known.experts[task])
 
         weights = gate.answering(routing)
-        answered.update(c for task in weights for c in run.experts[task].classes)
+        answered.update(c for task in weights for c in known.experts[task].classes)
         log_probabilities = combine_experts(images, weights, expert_of, width)
         right_here = right[first - request.first : last - request.first]
-        by_expert = _right_predictions(images, routing, right_here, log_probabilities, gate, run, context)
+        by_expert = _right_predictions(images, routing, right_here, log_probabilities, gate, known, context)
         confidence = routing.confidences.max(1).values
         parts.append((targets, routing.tasks, confidence, log_probabilities, by_expert))
     columns = [torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True)]
     classes = torch.tensor(sorted(answered))
     targets, tasks, confidences, log_probabilities, by_expert = columns
-    return EvaluateResult(
-        targets.numpy(),
-        tasks.numpy(),
-        confidences.numpy(),
-        classes.numpy(),
-        log_probabilities[:, classes].numpy(),
-        by_expert.numpy(),
-    )
+    return messages.EvaluateResult(targets, tasks, confidences, classes, log_probabilities[:, classes], by_expert)
 
 
 def _right_predictions(
@@ -230,7 +212,7 @@ def _right_predictions(
     right: torch.Tensor,
     log_probabilities: torch.Tensor,
     gate: Gate,
-    run: GateAndExperts,
+    known: GateAndExperts,
     context: WorkerContext,
 ) -> torch.Tensor:
     """Class ids that each sample's right expert predicts; the gate's answer is reused where it chose that expert."""
@@ -238,9 +220,9 @@ def _right_predictions(
     reuse = (routing.tasks == right) & (gate.confidence_threshold is None)
     predictions[reuse] = log_probabilities[reuse].argmax(1)
     for task in right[~reuse].unique().tolist():
-        if task in run.experts:
+        if task in known.experts:
             rows = ((right == task) & ~reuse).nonzero().flatten()
-            expert = context.reader.expert(run.experts[task])
+            expert = context.reader.expert(known.experts[task])
             classes = torch.tensor(expert.classes, device=images.device)
             predictions[rows] = classes[expert.network(images[rows]).argmax(1)]
     return predictions

@@ -10,34 +10,22 @@ from typing import Any
 import torch
 
 from distributed_eg.errors import ExpertGateError
+from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import (
-    AutoencoderRequest,
-    Done,
-    DropRequest,
-    EvaluateRequest,
-    ExpertRequest,
-    FeaturesRequest,
-    Raised,
-    ReferenceRequest,
-    RelateRequest,
-    Request,
-    Result,
-    WorkerSetup,
-)
+from distributed_eg.runtime.messages import Done, Raised, Request, Result, WorkerSetup
 from distributed_eg.runtime.worker import stages
 from distributed_eg.runtime.worker.causes import cause_of
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.types import derive_seed
 
 _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
-    FeaturesRequest: stages.extract_features,
-    ReferenceRequest: stages.fit_reference,
-    AutoencoderRequest: stages.fit_task_autoencoder,
-    RelateRequest: stages.relate_task,
-    ExpertRequest: stages.train_expert,
-    EvaluateRequest: stages.evaluate,
-    DropRequest: stages.drop_features,
+    messages.FeaturesRequest: stages.extract_features,
+    messages.ReferenceRequest: stages.fit_reference,
+    messages.AutoencoderRequest: stages.fit_task_autoencoder,
+    messages.RelateRequest: stages.relate_task,
+    messages.ExpertRequest: stages.train_expert,
+    messages.EvaluateRequest: stages.evaluate,
+    messages.DropRequest: stages.drop_features,
 }
 
 
@@ -45,7 +33,7 @@ class TaskWorker:
     """Runs one request at a time, each under its own seed and the run's threads."""
 
     def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
-        with reproducible(setup.method.seed, setup.threads):
+        with reproducible(setup.method.seed, setup.cluster.threads):
             self._context = WorkerContext(setup, fetch, device)
 
     def run(self, request: Request) -> Done | Raised:
@@ -53,7 +41,7 @@ class TaskWorker:
         started = time.perf_counter()
         setup = self._context.setup
         try:
-            with reproducible(_seed(request, setup.method.seed), setup.threads):
+            with reproducible(_seed(request, setup.method.seed), setup.cluster.threads):
                 result = _STAGES[type(request)](self._context, request)
         except Exception as error:
             ours = error if isinstance(error, ExpertGateError) else None
@@ -69,4 +57,4 @@ class TaskWorker:
 
 def _seed(request: Request, run_seed: int) -> int:
     task = getattr(request, "input", None)
-    return derive_seed(run_seed, -1 if task is None else task.task, type(request).__name__)
+    return derive_seed(run_seed, -1 if task is None else task.record.task, type(request).__name__)

@@ -5,36 +5,38 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from functools import partial
 
 from distributed_eg.schedule.events import Cause, Event, Stage
-from distributed_eg.schedule.simulation.world import BrokenInvariant, Call, Driver, Plan, Storage, undisturbed
+from distributed_eg.schedule.simulation.driver import Call, SimulatedDriver
+from distributed_eg.schedule.simulation.storage import BrokenInvariant, Plan, SimulatedStorage, require
 from distributed_eg.types import TaskId
 
 _MAX_TASKS = 6
 _MAX_FAULTS = 8
 _MAX_STEPS = 2000
-_CALM = 48
-"""Of as many draws plus one for each kind of fault, how many do no harm."""
-
-Pending: TypeAlias = tuple[Literal["report", "overdue", "stale", "departure", "join"], Call | str]
+_UNDISTURBED = 48
+"""For each report that comes in, as long as there are faults left, a number is drawn: if it is below this, nothing goes
+wrong, and each of the ``len(FAULTS)`` numbers from here on stands for one kind of fault."""
 
 
 class Chooser:
-    """Hands out bounded numbers: first the given ones, then a seed's, then zeros; zero is always the tame choice."""
+    """The numbers that decide a schedule: first the given ones, then a seed's random ones, then zeros.
+
+    Zero always stands for what disturbs least: a schedule of zeros is one task that nothing happens to.
+    """
 
     def __init__(self, seed: int | None, given: Sequence[int]) -> None:
         self.taken: list[int] = []
-        self._given = given
+        self._given = list(reversed(given))
         self._random = None if seed is None else random.Random(seed).random
 
     def below(self, bound: int) -> int:
         """A number from 0 to ``bound`` - 1."""
         if bound < 2:
             return 0
-        position = len(self.taken)
-        if position < len(self._given):
-            choice = self._given[position] % bound
+        if self._given:
+            choice = self._given.pop() % bound
         else:
             choice = 0 if self._random is None else int(self._random() * bound)
         self.taken.append(choice)
@@ -68,23 +70,23 @@ class Adversary:
     Args:
         choose: decides everything.
         driver_type: what is tested.
-        history: where every event is noted.
-        validates: whether the machine is validated after every event.
+        history: where the machines note every event.
+        validates: whether machine and loop are checked after every event.
     """
 
-    def __init__(self, choose: Chooser, driver_type: type[Driver], history: list[Event], *, validates: bool) -> None:
+    def __init__(
+        self, choose: Chooser, driver_type: type[SimulatedDriver], history: list[Event], *, validates: bool
+    ) -> None:
         self.plan = make_plan(choose)
-        self.storage = Storage(self.plan)
-        self._history = history
+        self.storage = SimulatedStorage(self.plan)
         self.faults: Counter[str] = Counter()
         self.num_drivers = 0
         self._choose = choose
-        self._driver_type = driver_type
-        self._validates = validates
-        self._expected = undisturbed(self.plan)
+        expected = SimulatedStorage(self.plan, complete=True)
+        self._make_driver = partial(driver_type, self.storage, expected, history, validates=validates)
         self._faults_left = choose.below(_MAX_FAULTS + 1)
-        self._pending: list[Pending] = []
-        self._num_named = 0
+        self._late: list[Call] = []
+        """What may report though it no longer runs: it was given up, has reported before, or is an earlier driver's."""
         self._begin()
 
     def run(self) -> None:
@@ -106,68 +108,70 @@ class Adversary:
         raise BrokenInvariant("every run ends", f"not after {_MAX_STEPS} steps")
 
     def _step(self) -> None:
-        if not self._pending:
-            if self.driver.workers.keys() - self.driver.leaving:
-                raise BrokenInvariant("every run ends", "workers are idle, nothing runs, and the machine is not done")
-            self._join()
-            return
-        position = self._choose.below(len(self._pending))
+        """One of the things happens that may happen next."""
+        driver = self.driver
+        possible: list[Call | str] = [*driver.running.values(), *self._late, *driver.leaving, *self._returning]
+        if not possible:
+            require(not driver.workers, "every run ends", "workers are idle, and the machine is not done")
+            return self._join()
+        position = self._choose.below(len(possible))
         if position:
             self.faults["report delayed"] += 1
-        kind, what = self._pending.pop(position)
+        what = possible[position]
         if isinstance(what, str):
-            if kind == "join":
-                self._join(what)
-            elif what in self.driver.workers:
-                self._lose(what, Cause.NODE_LOST)
-        elif kind == "report":
-            self._end_or_disturb(what)
-        elif kind == "overdue":
-            self._lose(what.run.worker, Cause.OVERDUE, what)
-        elif self._choose.below(2):
-            self.faults["stale failure"] += 1
-            self._begin_calls(self.driver.fail(what.run, Cause.RAISED))
-        else:
-            self.faults["stale result"] += 1
-            self._begin_calls(self.driver.finish(what))
+            return self._lose(what, Cause.NODE_LOST) if what in driver.leaving else self._return(what)
+        if driver.running.get(what.run.worker) is what:
+            return self._end_or_disturb(what)
+        return self._report_late(what)
 
     def _end_or_disturb(self, call: Call) -> None:
-        fault = self._choose.below(_CALM + len(FAULTS)) - _CALM if self._faults_left else -1
+        """A call that runs ends well, unless the plan or a fault is against it."""
+        fault = self._choose.below(_UNDISTURBED + len(FAULTS)) - _UNDISTURBED if self._faults_left else -1
         poison = self.plan.poison
-        if fault >= 0:
+        if call.run.attempt in self._silent:
+            self._lose(call.run.worker, Cause.OVERDUE)
+        elif fault >= 0:
             name, disturb = FAULTS[fault]
             self._fault(name)
             disturb(self, call)
         elif poison is None or poison[:2] != (call.run.task, call.run.stage):
-            self._begin_calls(self.driver.finish(call))
+            self.driver.finish(call)
         elif poison[2] is Cause.WORKER_LOST:
             self.faults["poison killed its worker"] += 1
-            self._lose(call.run.worker, Cause.WORKER_LOST, call)
+            self._lose(call.run.worker, Cause.WORKER_LOST)
         else:
             self.faults["poison failed"] += 1
-            self._begin_calls(self.driver.fail(call.run, poison[2]))
+            self.driver.fail(call, poison[2])
+
+    def _report_late(self, call: Call) -> None:
+        self._late.remove(call)
+        if self._choose.below(2):
+            self.faults["stale failure"] += 1
+            self.driver.fail(call, Cause.RAISED)
+        else:
+            self.faults["stale result"] += 1
+            self.driver.finish(call)
 
     def _fault(self, name: str) -> None:
         self._faults_left -= 1
         self.faults[name] += 1
 
-    # The world
+    # Drivers
 
     def _begin(self) -> None:
         """A driver begins with what storage tells, and with workers of its own."""
         self.num_drivers += 1
+        self.driver = self._make_driver()
         self._num_named = 0
-        self.driver = self._driver_type(self.storage, self._expected, self._history, validates=self._validates)
+        self._returning: list[str] = []
+        self._silent: set[int] = set()
         for _ in range(1 + self._choose.below(4)):
             self._join()
 
     def _restart(self) -> None:
         """The driver dies; what ran may still report, to the next one; files may be damaged meanwhile."""
-        late = self._choose.below(2) == 1
-        calls = [what for kind, what in self._pending if late and kind in ("report", "stale")]
-        self._pending = [("stale", call) for call in calls]
-        if calls:
-            self.faults["report to a later driver"] += len(calls)
+        self._late = [*self.driver.running.values(), *self._late] if self._choose.below(2) else []
+        self.faults["report to a later driver"] += len(self._late)
         if self._choose.below(3) == 2:
             self._damage()
         self._begin()
@@ -190,108 +194,71 @@ class Adversary:
                 if stage is Stage.RELATE:
                     del self.storage.parents[task]
 
-    def _begin_calls(self, calls: list[Call]) -> None:
-        for call in calls:
-            self._pending.append(("report", call))
+    # Workers
 
-    def _join(self, worker: str | None = None) -> None:
-        if worker is None:
-            worker = f"w{self._num_named}"
-            self._num_named += 1
-        self._begin_calls(self.driver.join(worker, "abc"[self._choose.below(3)]))
+    def _join(self) -> None:
+        self._num_named += 1
+        self.driver.join(f"w{self._num_named}", "abc"[self._choose.below(3)])
 
-    def _lose(self, worker: str, cause: Cause, call: Call | None = None) -> None:
-        """A worker goes; what it ran (``call``, if that is not pending) may report after all, and another may come."""
-        for index, (kind, what) in enumerate(self._pending):
-            if not isinstance(what, str) and kind != "stale" and what.run.worker == worker:
-                del self._pending[index]
-                call = what
-                break
+    def _return(self, worker: str) -> None:
+        self._returning.remove(worker)
+        self.driver.join(worker, "abc"[self._choose.below(3)])
+
+    def _lose(self, worker: str, cause: Cause) -> None:
+        """A worker goes; what it ran may report after all, and another may come under its name."""
+        call = self.driver.running.get(worker)
         if call is not None and self._choose.below(3) == 2:
-            self._pending.append(("stale", call))
-        calls = self.driver.lose(worker, cause)
-        if not self._choose.below(3):
-            self._pending.append(("join", worker))
-        self._begin_calls(calls)
+            self._late.append(call)
+        if self._choose.below(3) == 0:
+            self._returning.append(worker)
+        self.driver.lose(worker, cause)
 
-    # What goes wrong; each is told the call whose report was due
-
-    def _raises(self, call: Call) -> None:
-        self._begin_calls(self.driver.fail(call.run, Cause.RAISED))
-
-    def _out_of_memory(self, call: Call) -> None:
-        self._begin_calls(self.driver.fail(call.run, Cause.OUT_OF_MEMORY))
-
-    def _storage_fails(self, call: Call) -> None:
-        self._begin_calls(self.driver.fail(call.run, Cause.STORAGE))
-
-    def _worker_dies(self, call: Call) -> None:
-        self._lose(call.run.worker, Cause.WORKER_LOST, call)
-
-    def _any_worker_dies(self, call: Call) -> None:
-        self._pending.append(("report", call))
+    def _lose_any(self) -> None:
         workers = list(self.driver.workers)
         self._lose(workers[self._choose.below(len(workers))], Cause.WORKER_LOST)
 
-    def _node_dies(self, call: Call) -> None:
-        self._pending.append(("report", call))
-        for worker in self._neighbours(call):
-            self._lose(worker, Cause.NODE_LOST)
-
-    def _node_leaves(self, call: Call) -> None:
-        self._pending.append(("report", call))
-        for worker in self._neighbours(call):
-            self._pending.append(("departure", worker))
-            self._begin_calls(self.driver.leave(worker))
-
-    def _neighbours(self, call: Call) -> list[str]:
+    def _on_node(self, call: Call) -> list[str]:
         workers = self.driver.workers
         return [worker for worker, node in workers.items() if node == workers[call.run.worker]]
 
-    def _worker_joins(self, call: Call) -> None:
-        self._pending.append(("report", call))
-        self._join()
+    # What goes wrong with the call that was about to end well; where it is not told of here, it goes on
 
-    def _worker_joins_again(self, call: Call) -> None:
-        self._pending.append(("report", call))
-        self._begin_calls(self.driver.join(call.run.worker, self.driver.workers[call.run.worker]))
+    def _lose_node(self, call: Call) -> None:
+        for worker in self._on_node(call):
+            self._lose(worker, Cause.NODE_LOST)
 
-    def _report_lost(self, call: Call) -> None:
-        self._pending.append(("overdue", call))
+    def _leave_node(self, call: Call) -> None:
+        for worker in self._on_node(call):
+            self.driver.leave(worker)
 
     def _report_twice(self, call: Call) -> None:
-        self._begin_calls(self.driver.finish(call))
-        self._pending.append(("stale", call))
+        self._late.append(call)
+        self.driver.finish(call)
 
-    def _coordinator_dies_before_sealing(self, call: Call) -> None:
-        self._begin_calls(self.driver.finish(call, num_seals=1))
+    def _seal_twice(self, call: Call) -> None:
+        """The coordinator sealed and died before it answered; the next one is asked again."""
+        self.driver.seal(call)
+        self.driver.finish(call)
 
-    def _coordinator_dies_after_sealing(self, call: Call) -> None:
-        self._begin_calls(self.driver.finish(call, num_seals=2))
-
-    def _driver_dies(self, call: Call) -> None:
-        self._pending.append(("report", call))
+    def _die_after_sealing(self, call: Call) -> None:
+        self.driver.seal(call)
         self._restart()
-
-    def _driver_dies_after_sealing(self, call: Call) -> None:
-        self.driver.record(call)
-        self._driver_dies(call)
 
 
 FAULTS: tuple[tuple[str, Callable[[Adversary, Call], None]], ...] = (
-    ("stage raised", Adversary._raises),
-    ("out of memory", Adversary._out_of_memory),
-    ("storage failed", Adversary._storage_fails),
-    ("worker lost", Adversary._worker_dies),
-    ("any worker lost", Adversary._any_worker_dies),
-    ("node lost", Adversary._node_dies),
-    ("node left with notice", Adversary._node_leaves),
-    ("worker joined", Adversary._worker_joins),
-    ("worker joined twice", Adversary._worker_joins_again),
-    ("report lost", Adversary._report_lost),
+    ("stage raised", lambda self, call: self.driver.fail(call, Cause.RAISED)),
+    ("out of memory", lambda self, call: self.driver.fail(call, Cause.OUT_OF_MEMORY)),
+    ("storage failed", lambda self, call: self.driver.fail(call, Cause.STORAGE)),
+    ("worker lost", lambda self, call: self._lose(call.run.worker, Cause.WORKER_LOST)),
+    ("any worker lost", lambda self, call: self._lose_any()),
+    ("node lost", Adversary._lose_node),
+    ("node left with notice", Adversary._leave_node),
+    ("worker joined", lambda self, call: self._join()),
+    ("worker joined twice", lambda self, call: self.driver.join(call.run.worker, self.driver.workers[call.run.worker])),
+    ("report lost", lambda self, call: self._silent.add(call.run.attempt)),
     ("report twice", Adversary._report_twice),
-    ("coordinator died before sealing", Adversary._coordinator_dies_before_sealing),
-    ("coordinator died after sealing", Adversary._coordinator_dies_after_sealing),
-    ("driver died", Adversary._driver_dies),
-    ("driver died after sealing", Adversary._driver_dies_after_sealing),
+    ("coordinator died before sealing", lambda self, call: self.driver.finish(call)),
+    ("coordinator died after sealing", Adversary._seal_twice),
+    ("driver died", lambda self, call: self._restart()),
+    ("driver died after sealing", Adversary._die_after_sealing),
 )

@@ -11,27 +11,12 @@ from functools import partial
 
 from distributed_eg.schedule.events import Event
 from distributed_eg.schedule.simulation.adversary import Adversary, Chooser
-from distributed_eg.schedule.simulation.world import BrokenInvariant, Driver, Plan
+from distributed_eg.schedule.simulation.driver import SimulatedDriver
+from distributed_eg.schedule.simulation.storage import BrokenInvariant, Plan
 
 _CHUNK = 2000
 _VALIDATE_EVERY = 16
 _NUM_TOLD = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """One schedule that held every invariant; ``events`` are what its machines were told."""
-
-    choices: tuple[int, ...]
-    plan: Plan
-    events: tuple[Event, ...]
-    num_attempts: int
-    num_drivers: int
-    num_failed: int
-    """Tasks that the last driver gave up."""
-    stopped: bool
-    """Whether the last driver stopped before its stream's end."""
-    faults: Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +37,11 @@ class Totals:
     num_attempts: int = 0
     num_drivers: int = 0
     num_failed: int = 0
+    """Tasks that the last driver of a schedule gave up."""
     num_stopped: int = 0
+    """Schedules whose last driver stopped before its stream's end."""
     faults: Counter[str] = field(default_factory=Counter)
     broken: Finding | None = None
-
-    def count(self, report: Report) -> None:
-        """Add one schedule."""
-        self.num_schedules += 1
-        self.num_events += len(report.events)
-        self.num_attempts += report.num_attempts
-        self.num_drivers += report.num_drivers
-        self.num_failed += report.num_failed
-        self.num_stopped += report.stopped
-        self.faults.update(report.faults)
 
     def merge(self, other: Totals) -> None:
         """Add what other schedules came to."""
@@ -78,17 +55,27 @@ class Totals:
         self.broken = other.broken
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One schedule that held every invariant; ``events`` are what its machines were told."""
+
+    choices: tuple[int, ...]
+    plan: Plan
+    events: tuple[Event, ...]
+    totals: Totals
+
+
 def simulate(
     seed: int | None = None,
     choices: Sequence[int] | None = None,
     *,
-    driver: type[Driver] = Driver,
+    driver: type[SimulatedDriver] = SimulatedDriver,
     validates: bool = True,
 ) -> Report:
     """Run one schedule: by ``choices`` as far as they go, then by ``seed``, and undisturbed where neither says more.
 
     Args:
-        driver: the driver, and by it the machine, that is tested.
+        driver: the driver, and by it the loop and the machine, that are tested.
         validates: whether the machine is validated after every event.
 
     Raises:
@@ -107,16 +94,17 @@ def simulate(
         by = f"choices {choose.taken}" if seed is None else f"seed {seed}, choices {choose.taken}"
         told = f"{told}; {by}, last events:{events}"
         raise BrokenInvariant(invariant, told, choose.taken) from error
-    return Report(
-        choices=tuple(choose.taken),
-        plan=adversary.plan,
-        events=tuple(history),
+    last = adversary.driver
+    totals = Totals(
+        num_schedules=1,
+        num_events=len(history),
         num_attempts=adversary.storage.last_attempt,
         num_drivers=adversary.num_drivers,
-        num_failed=len(adversary.driver.failed),
-        stopped=adversary.driver.stopping,
+        num_failed=len(last.failed),
+        num_stopped=int(last.stopping),
         faults=adversary.faults,
     )
+    return Report(tuple(choose.taken), adversary.plan, tuple(history), totals)
 
 
 def shrink(choices: Sequence[int], fails: Callable[[Sequence[int]], bool], max_tries: int = 5000) -> list[int]:
@@ -147,7 +135,7 @@ def shrink(choices: Sequence[int], fails: Callable[[Sequence[int]], bool], max_t
     return best
 
 
-def replay(seed: int, *, driver: type[Driver] = Driver) -> Finding | None:
+def replay(seed: int, *, driver: type[SimulatedDriver] = SimulatedDriver) -> Finding | None:
     """Run a seed's schedule again; where it breaks an invariant, the shortest schedule that breaks the same one."""
     broken = _broken(driver, seed, None)
     if broken is None:
@@ -166,7 +154,7 @@ def run_many(
     count: int,
     processes: int = 1,
     *,
-    driver: type[Driver] = Driver,
+    driver: type[SimulatedDriver] = SimulatedDriver,
     on_progress: Callable[[Totals], None] | None = None,
 ) -> Totals:
     """Run the schedules of ``count`` seeds; the first that breaks an invariant ends it, made short in ``broken``.
@@ -198,18 +186,18 @@ def _gather(parts: Iterable[Totals], on_progress: Callable[[Totals], None] | Non
     return totals
 
 
-def _run_chunk(seeds: range, driver: type[Driver]) -> Totals:
+def _run_chunk(seeds: range, driver: type[SimulatedDriver]) -> Totals:
     totals = Totals()
     for seed in seeds:
         try:
-            totals.count(simulate(seed, driver=driver, validates=seed % _VALIDATE_EVERY == 0))
+            totals.merge(simulate(seed, driver=driver, validates=seed % _VALIDATE_EVERY == 0).totals)
         except BrokenInvariant:
             totals.broken = replay(seed, driver=driver)
             break
     return totals
 
 
-def _broken(driver: type[Driver], seed: int | None, choices: Sequence[int] | None) -> BrokenInvariant | None:
+def _broken(driver: type[SimulatedDriver], seed: int | None, choices: Sequence[int] | None) -> BrokenInvariant | None:
     try:
         simulate(seed, choices, driver=driver)
     except BrokenInvariant as broken:

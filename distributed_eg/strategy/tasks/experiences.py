@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NoReturn
 
 import torch
 from avalanche.benchmarks import DatasetExperience
@@ -13,6 +13,7 @@ from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import ExperienceInfo, TaskData
+from distributed_eg.strategy.avalanche_types import LabelledDataset
 from distributed_eg.types import TaskId, derive_seed
 
 _ATTRIBUTES = (
@@ -25,11 +26,11 @@ _ATTRIBUTES = (
 )
 
 
-class WorkerExperience(DatasetExperience):
+class WorkerExperience(DatasetExperience[LabelledDataset]):
     """An experience as a worker knows it: its data and its plain attributes, without the benchmark behind it."""
 
     @property
-    def benchmark(self) -> Any:
+    def benchmark(self) -> NoReturn:
         """Not there: raises."""
         raise InputError(
             "experience.benchmark is not available where an expert trains: a worker holds this task's data only. "
@@ -64,7 +65,7 @@ class Part:
     """What one task takes from an experience: all of it, or the samples of one of its labels."""
 
     label: int
-    dataset: Any
+    dataset: LabelledDataset
     classes: tuple[int, ...]
     info: ExperienceInfo
 
@@ -79,18 +80,18 @@ def parts_of(experience: CLExperience) -> list[Part]:
     dataset = experience.dataset
     if labels is None or len(labels) < 2:
         return [Part(label_of(experience), dataset, _classes(experience, dataset), info)]
+    _classes(experience, dataset)
     positions = dataset.targets_task_labels.val_to_idx
     parts = []
     for label in labels:
         mine = dataset.subset(list(positions[label]))
         attributes = {**info.attributes, "task_label": label, "task_labels": [label]}
         classes = tuple(sorted(int(target) for target in mine.targets.uniques))
-        _classes(experience, dataset)
         parts.append(Part(label, mine, classes, replace(info, attributes=attributes)))
     return parts
 
 
-def _classes(experience: CLExperience, dataset: Any) -> tuple[int, ...]:
+def _classes(experience: CLExperience, dataset: LabelledDataset) -> tuple[int, ...]:
     index = experience.current_experience
     if len(dataset) == 0:
         raise InputError(f"Experience {index} has no samples; leave it out of the stream.")
@@ -118,7 +119,7 @@ def info_of(experience: CLExperience) -> ExperienceInfo:
     return ExperienceInfo(int(experience.current_experience), experience.origin_stream.name, attributes)
 
 
-def validation_of(experience: CLExperience) -> Any:
+def validation_of(experience: CLExperience) -> LabelledDataset | None:
     """The dataset of the experience with the same index in the benchmark's "valid" stream, where there is one."""
     stream = experience._origin_stream
     benchmark = getattr(experience, "benchmark", None) or getattr(stream, "benchmark", None)
@@ -126,7 +127,7 @@ def validation_of(experience: CLExperience) -> Any:
     return None if valid is None else validation_in(valid, experience)
 
 
-def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> Any:
+def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> LabelledDataset:
     """The dataset of the experience with the same index in ``stream``.
 
     Raises:
@@ -134,11 +135,12 @@ def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> A
     """
     for other in stream:
         if other.current_experience == experience.current_experience:
-            return other.dataset
+            found: LabelledDataset = other.dataset
+            return found
     raise InputError(f"The validation stream has no experience {experience.current_experience}.")
 
 
-def with_label(dataset: Any, label: int) -> Any:
+def with_label(dataset: LabelledDataset | None, label: int) -> LabelledDataset | None:
     """The samples of ``dataset`` with that task label; None where there is no dataset.
 
     Raises:
@@ -149,7 +151,8 @@ def with_label(dataset: Any, label: int) -> Any:
     labels = getattr(dataset, "targets_task_labels", None)
     if labels is None or label not in labels.uniques:
         raise InputError(f"The validation part of an experience with several labels has no samples of label {label}.")
-    return dataset.subset(list(labels.val_to_idx[label]))
+    samples: LabelledDataset = dataset.subset(list(labels.val_to_idx[label]))
+    return samples
 
 
 def task_data(
@@ -158,7 +161,7 @@ def task_data(
     seed: int,
     validation_fraction: float,
     *,
-    valid: Any = None,
+    valid: LabelledDataset | None = None,
     evaluations: Sequence[Part] | None = None,
 ) -> TaskData:
     """A task's dataset, with the validation part given, or split off by the run's seed and the task's number.
@@ -179,7 +182,7 @@ def task_data(
     return TaskData(gate_train=train.eval(), gate_valid=valid.eval(), train=train, evaluations=kept)
 
 
-def rebuild(info: ExperienceInfo, dataset: Any) -> WorkerExperience:
+def rebuild(info: ExperienceInfo, dataset: LabelledDataset) -> WorkerExperience:
     """The experience on the worker, around ``dataset``."""
     experience = WorkerExperience(dataset=dataset, current_experience=info.index)
     experience.origin_stream = CLStream(info.stream, [experience], set_stream_info=False)

@@ -1,4 +1,4 @@
-"""From a stream of experiences to the tasks that the session works on: numbers, versions, data, what travels."""
+"""From a stream of experiences to the tasks that are trained: numbers, versions, data, what travels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import TaskInput
-from distributed_eg.runtime.run import OpenRun
-from distributed_eg.store.records import TaskManifest
+from distributed_eg.runtime.run import Run
+from distributed_eg.store.records import TaskManifest, TaskRecord
+from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
+from distributed_eg.strategy.tasks.data_identity import identity_of
 from distributed_eg.strategy.tasks.experiences import (
     Part,
     parts_of,
@@ -21,7 +23,7 @@ from distributed_eg.strategy.tasks.experiences import (
     validation_of,
     with_label,
 )
-from distributed_eg.strategy.tasks.settings_identity import DataIdentities
+from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
 
 Streams = Sequence[CLExperience | Iterable[CLExperience]]
@@ -57,43 +59,61 @@ def evaluation_parts(eval_streams: Streams | None) -> list[Part] | None:
 
 
 class Intake:
-    """Makes task inputs one by one; holds an experience, and the leaves that it ships, until its task is released.
+    """One call's source of tasks: makes each when it is asked for, and replays its log once it is committed.
 
     Args:
+        strategy: whose evaluator is told of committed tasks.
         run: where the tasks are trained.
         method: the run's numbers.
         on_repeat: what a label that comes again means.
+        settings: what else the tasks are recognised by when a run is resumed.
+        experiences: the stream.
         evaluations: what experts are measured on while they train; None: their validation parts.
         valid_stream: validation parts by index; None: the benchmark's own, else split off.
-        settings: what else the tasks are recognised by when a run is resumed.
-        identities: what their datasets are recognised by; it remembers those that it knows.
     """
 
     def __init__(
         self,
-        run: OpenRun,
+        strategy: Template,
+        run: Run,
+        *,
         method: MethodConfig,
         on_repeat: OnRepeat,
+        settings: Mapping[str, object],
+        experiences: Iterable[CLExperience],
         evaluations: Sequence[Part] | None,
         valid_stream: Iterable[CLExperience] | None,
-        settings: Mapping[str, Any],
-        identities: DataIdentities,
     ) -> None:
+        self._strategy = strategy
         self._run = run
         self._method = method
         self._on_repeat = on_repeat
+        self._settings = settings
         self._evaluations = evaluations
         self._valid_stream = valid_stream
+        self._inputs = self._read(experiences)
+        # An experience, and the leaves that it ships, are held until its task is committed.
         self._held: dict[TaskId, tuple[CLExperience, object]] = {}
-        newest = run.session.registry.newest.values()
+        newest = run.registry.newest.values()
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
         self._last = -1
-        self._identities = identities
-        self._settings = settings
 
-    def inputs(self, experiences: Iterable[CLExperience]) -> Iterator[TaskInput]:
-        """The tasks of ``experiences``, in order, each shipped when it is asked for."""
+    def next_task(self) -> TaskInput | None:
+        """The stream's next task; None at its end.
+
+        Raises:
+            InputError: its experience cannot be used, or brings a label again where that is refused.
+        """
+        return next(self._inputs, None)
+
+    def committed(self, manifest: TaskManifest, log: Sequence[RecordedCallback] | None) -> None:
+        """Replay what its expert's training logged, through the strategy's evaluator."""
+        experience, _leaves = self._held.pop(manifest.task)
+        self._strategy.experience = experience.logging()
+        replay(self._strategy, self._strategy.evaluator, KEPT if log is None else log)
+
+    def _read(self, experiences: Iterable[CLExperience]) -> Iterator[TaskInput]:
         for experience in experiences:
             if self._valid_stream is None:
                 validation = validation_of(experience)
@@ -104,47 +124,38 @@ class Intake:
                 valid = with_label(validation, part.label) if len(parts) > 1 else validation
                 yield self._input(experience, part, valid)
 
-    def release(self, task: TaskId) -> CLExperience:
-        """The experience of a committed task, which is not held any more."""
-        return self._held.pop(task)[0]
-
-    def _input(self, experience: CLExperience, part: Part, valid: object) -> TaskInput:
+    def _input(self, experience: CLExperience, part: Part, valid: LabelledDataset | None) -> TaskInput:
         before = self._versions.get(part.label, ())
         if before and self._on_repeat == "error":
-            check_experiences([experience], self._run.session.registry.newest, self._on_repeat)
-        task = self._last = max(self._run.session.registry.number(part.label), self._last + 1)
+            check_experiences([experience], self._run.registry.newest, self._on_repeat)
+        task = self._last = max(self._run.registry.number(part.label), self._last + 1)
         continues = before[-1] if before and self._on_repeat == "continue" else None
         known = () if continues is None else self._classes[part.label]
         classes = tuple(sorted({*part.classes, *known}))
-        self._versions[part.label], self._classes[part.label] = (*before, task), classes
+        versions = (*before, task)
+        self._versions[part.label], self._classes[part.label] = versions, classes
         measured = None
         if self._evaluations is not None:
             measured = [other for other in self._evaluations if other.label == part.label]
-        method = self._method
-        data = task_data(part, task, method.seed, method.validation_fraction, valid=valid, evaluations=measured)
-        identity = {"data": self._identities.of(part.dataset), **self._settings}
-        if valid is not None:
-            identity["validation"] = self._identities.of(valid)
-        if measured is not None:  # plugins may act on what is measured: early stopping does
-            identity["evaluations"] = [self._identities.of(other.dataset) for other in measured]
-        shipped, leaves = self._run.engine.shipper.ship(data, f"the dataset of experience {part.info.index}")
-        self._held[task] = (experience, leaves)
-        return TaskInput(
-            task,
-            part.label,
-            classes,
-            shipped,
-            part.info,
-            uuid.uuid4().hex,
-            (*before, task),
-            continues,
-            identity=identity,
+        data = task_data(
+            part, task, self._method.seed, self._method.validation_fraction, valid=valid, evaluations=measured
         )
+        shipped, leaves = self._run.shipper.ship(data, f"the dataset of experience {part.info.index}")
+        self._held[task] = (experience, leaves)
+        identity = {**self._settings, "data": self._identity(part.dataset)}
+        if valid is not None:
+            identity["validation"] = self._identity(valid)
+        if measured is not None:  # plugins may act on what is measured: early stopping does
+            identity["evaluations"] = [self._identity(other.dataset) for other in measured]
+        record = TaskRecord(task, part.label, classes, versions, continues, identity)
+        return TaskInput(record, shipped, part.info, uuid.uuid4().hex)
+
+    def _identity(self, dataset: object) -> dict[str, str | int]:
+        """What ``dataset`` is recognised by, read from a copy: the caller's may count what is read, or draw."""
+        copy = self._run.shipper.copy(dataset, "a dataset")
+        return identity_of(copy.eval() if hasattr(copy, "eval") else copy)
 
 
-def _flat(streams: Streams) -> Iterator[CLExperience]:
+def _flat(streams: Iterable[Any]) -> Iterator[CLExperience]:
     for stream in streams:
-        if isinstance(stream, Iterable):
-            yield from stream
-        else:
-            yield stream
+        yield from stream if isinstance(stream, Iterable) else [stream]

@@ -10,22 +10,24 @@ import io
 import pickle
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import cloudpickle
 import psutil
 from avalanche.logging import BaseLogger
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.clock import Clock
 from torch import nn
 
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.shipping import PICKLE_ERRORS
+from distributed_eg.strategy.avalanche_types import Metric, Template
+from distributed_eg.strategy.training.expert_loop import ExpertLoop
+from distributed_eg.strategy.training.recording import RecordingLogger
 
-if TYPE_CHECKING:
-    from distributed_eg.strategy.strategy import ExpertGateStrategy
-
-
+FreshMetrics: TypeAlias = Sequence[tuple[Metric, bytes | None]]
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 
 
@@ -36,10 +38,12 @@ class PackedStrategy:
     cls: bytes
     state: bytes
     metrics: tuple[bytes | None, ...]
+    collect_all: bool
+    """The evaluator's own: whether it keeps every value."""
 
 
-def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStrategy:
-    """Pickle ``strategy`` without its attributes in ``driver_only``.
+def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMetrics) -> PackedStrategy:
+    """Pickle ``strategy`` without its attributes in ``driver_only``; ``fresh_metrics`` are what ``pack_metrics`` gave.
 
     Raises:
         InputError: a plugin, or an attribute of a subclass, cannot be pickled; it is named.
@@ -51,20 +55,20 @@ def pack(strategy: ExpertGateStrategy, driver_only: frozenset[str]) -> PackedStr
     try:
         packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
     except PICKLE_ERRORS as error:
-        raise InputError(_culprit(strategy, state, error)) from error
-    known = {id(metric): packed for metric, packed in strategy.untouched}
+        raise InputError(_why_it_cannot_travel(strategy, state, error)) from error
+    known = {id(metric): packed for metric, packed in fresh_metrics}
     metrics = strategy.evaluator.metrics
     travelling = [known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in metrics]
-    return PackedStrategy(packed_class, packed_state, tuple(travelling))
+    return PackedStrategy(packed_class, packed_state, tuple(travelling), strategy.evaluator.collect_all)
 
 
-def pack_metrics(strategy: ExpertGateStrategy) -> list[tuple[Any, bytes | None]]:
+def pack_metrics(strategy: Template) -> FreshMetrics:
     """Each metric of the evaluator with its pickle as it is now: made when the strategy is, before a metric has seen
     anything, so that every expert starts with metrics that remember no other task."""
     return [(metric, _pack_metric(strategy, metric)) for metric in strategy.evaluator.metrics]
 
 
-def _pack_metric(strategy: ExpertGateStrategy, metric: Any) -> bytes | None:
+def _pack_metric(strategy: Template, metric: Metric) -> bytes | None:
     try:
         return _dump(metric, strategy, _MetricPickler)
     except PICKLE_ERRORS as error:
@@ -72,35 +76,36 @@ def _pack_metric(strategy: ExpertGateStrategy, metric: Any) -> bytes | None:
         return None
 
 
-def unpack(packed: PackedStrategy, model: nn.Module, expert: nn.Module, evaluator_of: Any, clock: Any) -> Any:
-    """The strategy on the worker, around ``model`` and the parameters of ``expert``.
-
-    ``evaluator_of`` makes the evaluator from the list of metrics (None where one did not travel).
-    """
+def unpack(
+    packed: PackedStrategy, model: nn.Module, expert: nn.Module, clock: Clock
+) -> tuple[ExpertLoop, RecordingLogger]:
+    """The strategy on the worker, around ``model`` and the parameters of ``expert``, and what logs its training."""
     # The class comes first: metrics and state may refer to the strategy itself.
     cls = pickle.loads(packed.cls)
-    strategy = cls.__new__(cls)
-    own: dict[str, Any] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
-    metrics = [None if metric is None else _load(metric, own, expert) for metric in packed.metrics]
-    own["evaluator"] = evaluator_of(metrics)
+    strategy: ExpertLoop = cls.__new__(cls)
+    own: dict[str, object] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
+    metrics: list[Metric | None] = [None if metric is None else _load(metric, own, expert) for metric in packed.metrics]
+    recorder = RecordingLogger(metrics)
+    travelled = [metric for metric in metrics if metric is not None]
+    own["evaluator"] = EvaluationPlugin(*travelled, loggers=[recorder], collect_all=packed.collect_all)
     vars(strategy).update(_load(packed.state, own, expert))
-    return strategy
+    return strategy, recorder
 
 
-def _dump(value: Any, strategy: ExpertGateStrategy, pickler: type[_Pickler] | None = None) -> bytes:
+def _dump(value: object, strategy: Template, pickler: type[_Pickler] | None = None) -> bytes:
     buffer = io.BytesIO()
     (pickler or _Pickler)(buffer, strategy).dump(value)
     return buffer.getvalue()
 
 
-def _load(data: bytes, own: Mapping[str, Any], expert: nn.Module) -> Any:
+def _load(data: bytes, own: Mapping[str, object], expert: nn.Module) -> Any:
     return _Unpickler(io.BytesIO(data), own, expert).load()
 
 
 class _Pickler(cloudpickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, strategy: ExpertGateStrategy) -> None:
+    def __init__(self, buffer: io.BytesIO, strategy: Template) -> None:
         super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        root = strategy.model.expert
+        root = strategy.model.get_submodule("expert")
         self._names: dict[int, tuple[str, str]] = {
             id(strategy): ("own", "strategy"),
             id(strategy.model): ("own", "model"),
@@ -110,7 +115,7 @@ class _Pickler(cloudpickle.Pickler):
             **{id(module): ("module", name) for name, module in root.named_modules()},
         }
 
-    def persistent_id(self, obj: Any) -> tuple[str, str] | None:
+    def persistent_id(self, obj: object) -> tuple[str, str] | None:
         if isinstance(obj, BaseLogger):
             return ("own", "logger")
         return self._names.get(id(obj))
@@ -119,7 +124,7 @@ class _Pickler(cloudpickle.Pickler):
 class _MetricPickler(_Pickler):
     """A metric that measures in a thread holds a lock and its process: on the worker it gets new ones."""
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Any:
         if isinstance(obj, _LOCKS):
             return _new_lock, (type(obj) is _LOCKS[0],)
         if isinstance(obj, psutil.Process):
@@ -127,34 +132,35 @@ class _MetricPickler(_Pickler):
         return super().reducer_override(obj)
 
 
-def _new_lock(plain: bool) -> Any:
+def _new_lock(plain: bool) -> object:
     return threading.Lock() if plain else threading.RLock()
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, own: Mapping[str, Any], expert: nn.Module) -> None:
+    def __init__(self, buffer: io.BytesIO, own: Mapping[str, object], expert: nn.Module) -> None:
         super().__init__(buffer)
         self._own = own
         self._expert = expert
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: tuple[str, str]) -> object:
         kind, name = pid
         if kind == "own":
             return self._own[name]
         return self._expert.get_parameter(name) if kind == "parameter" else self._expert.get_submodule(name)
 
 
-def _culprit(strategy: ExpertGateStrategy, state: Mapping[str, Any], error: Exception) -> str:
+def _why_it_cannot_travel(strategy: Template, state: Mapping[str, object], error: Exception) -> str:
     """Which plugin, or which attribute of the strategy, stopped the pickle."""
-    for plugin in strategy.plugins:
+    plugins: Sequence[object] = strategy.plugins  # Avalanche's evaluator is one of them, but no BasePlugin
+    for plugin in plugins:
         for name, value in getattr(plugin, "__dict__", {}).items():
-            if plugin is not strategy.evaluator and not _travels(value, strategy):
+            if plugin is not strategy.evaluator and not _can_travel(value, strategy):
                 return (
                     f"The plugin {type(plugin).__name__} cannot travel to a worker: its attribute {name!r} "
                     f"({type(value).__name__}) cannot be pickled: {error}. Make it in before_training instead."
                 )
     for name, value in state.items():
-        if name != "plugins" and not _travels(value, strategy):
+        if name != "plugins" and not _can_travel(value, strategy):
             return (
                 f"The strategy {type(strategy).__name__} cannot travel to a worker: its attribute {name!r} "
                 f"({type(value).__name__}) cannot be pickled: {error}."
@@ -162,7 +168,7 @@ def _culprit(strategy: ExpertGateStrategy, state: Mapping[str, Any], error: Exce
     return f"The strategy {type(strategy).__name__} cannot travel to a worker: {error}."
 
 
-def _travels(value: Any, strategy: ExpertGateStrategy) -> bool:
+def _can_travel(value: object, strategy: Template) -> bool:
     try:
         _dump(value, strategy)
     except PICKLE_ERRORS:

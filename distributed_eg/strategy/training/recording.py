@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metric_results import AlternativeValues, MetricType, MetricValue
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins import EvaluationPlugin
 
-if TYPE_CHECKING:
-    from avalanche.training.templates import SupervisedTemplate
+from distributed_eg.strategy.avalanche_types import Template
 
 # Loggers and the clock act on these even where no metric speaks.
-_ALWAYS = frozenset(
-    {
-        "before_training",
-        "before_training_exp",
-        "before_training_epoch",
-        "after_training_iteration",
-        "after_training_epoch",
-        "after_training_exp",
-        "after_training",
-        "before_eval",
-        "before_eval_exp",
-        "after_eval_iteration",
-        "after_eval_exp",
-        "after_eval",
-    }
-)
+_LEVELS = ("training", "training_exp", "training_epoch", "eval", "eval_exp")
+_ALWAYS = {f"{when}_{level}" for when in ("before", "after") for level in _LEVELS}
+_ALWAYS |= {"after_training_iteration", "after_eval_iteration"}
 _TASK_LEVEL = ("before_training", "before_training_exp", "after_training_exp", "after_training")
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedValue:
-    """A metric value; ``metric`` is the position of its metric in the evaluator."""
+    """A metric value; ``metric`` is the position of its metric in the evaluator, −1 where it is no metric's."""
 
     metric: int
     name: str
-    value: Any
+    value: MetricType | AlternativeValues
     x: int
 
 
@@ -60,39 +45,40 @@ and the clock, have to know that it was there."""
 class RecordingLogger(BaseLogger):
     """Keeps every callback with its metric values, in order."""
 
-    def __init__(self, metrics: Sequence[Any]) -> None:
+    def __init__(self, metrics: Sequence[object]) -> None:
         super().__init__()
         self.records: list[RecordedCallback] = []
         self._positions = {id(metric): position for position, metric in enumerate(metrics)}
 
-    def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
+    def log_single_metric(self, name: str, value: object, x_plot: int) -> None:
         """Nothing: values come with their callback."""
 
-    def __getattribute__(self, name: str) -> Any:
+    def __getattribute__(self, name: str) -> object:
         if not name.startswith(("before_", "after_")):
             return super().__getattribute__(name)
         return _recorder(self, name)
 
 
 def _recorder(logger: RecordingLogger, callback: str) -> Callable[..., None]:
-    def record(strategy: SupervisedTemplate, values: Sequence[MetricValue], **_: Any) -> None:
+    def record(strategy: Template, values: Sequence[MetricValue], **_: object) -> None:
         if not values and callback not in _ALWAYS:
             return
         positions = logger._positions
         kept = tuple(RecordedValue(positions.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
-        size = len(strategy.dataloader) if hasattr(strategy.dataloader, "__len__") else 0
-        logger.records.append(RecordedCallback(callback, kept, size))
+        loader = strategy.dataloader
+        logger.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
 
     return record
 
 
-def replay(strategy: SupervisedTemplate, evaluator: EvaluationPlugin, records: Sequence[RecordedCallback]) -> None:
+def replay(strategy: Template, evaluator: EvaluationPlugin, records: Sequence[RecordedCallback]) -> None:
     """Publish recorded values through the user's evaluator, at the driver's position, and tell its loggers.
 
     The driver's own metrics also get the four task-level callbacks, so that what they remember of the sequence
     (forgetting, transfer) stays right; what they would emit there was emitted on the worker already.
     """
     offset = strategy.clock.train_iterations
+    metrics = [*evaluator.metrics, None]  # at −1 what stands for no metric
     for record in records:
         strategy.dataloader = range(record.num_batches)
         strategy.is_training = "_eval" not in record.callback
@@ -101,7 +87,7 @@ def replay(strategy: SupervisedTemplate, evaluator: EvaluationPlugin, records: S
                 getattr(metric, record.callback, lambda _strategy: None)(strategy)
         if evaluator.active:
             values = [
-                MetricValue(evaluator.metrics[v.metric] if v.metric >= 0 else None, v.name, v.value, v.x + offset)
+                MetricValue(metrics[v.metric], v.name, v.value, v.x + offset)  # type: ignore[arg-type]  # None: no one's
                 for v in record.values
             ]
             for value in values:

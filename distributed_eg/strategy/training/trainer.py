@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
 
 import torch
-from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
-from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from torch import nn
 
@@ -20,12 +17,11 @@ from distributed_eg.method.distill import Distillation
 from distributed_eg.method.expert import find_head
 from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
 from distributed_eg.store.layout import task_file
-from distributed_eg.strategy.model import SingleExpert
+from distributed_eg.strategy.avalanche_types import Plugin, Template
 from distributed_eg.strategy.tasks.experiences import rebuild
-from distributed_eg.strategy.training.blame import blame
 from distributed_eg.strategy.training.checkpoint import Checkpointing
 from distributed_eg.strategy.training.packing import PackedStrategy, unpack
-from distributed_eg.strategy.training.recording import RecordingLogger
+from distributed_eg.strategy.training.single_expert import SingleExpert
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,7 @@ class StrategyTrainer:
     """Trains experts with a packed strategy; ``loader_args`` are what the user gave to ``train``."""
 
     packed: PackedStrategy
-    collect_all: bool
-    loader_args: dict[str, Any]
+    loader_args: dict[str, object]
 
     def train(self, job: ExpertJob) -> TrainedExpert:
         """Run the strategy's training loop over one experience.
@@ -42,23 +37,15 @@ class StrategyTrainer:
         Raises:
             DivergedError: the loss, or a weight, is not finite.
         """
-        model = SingleExpert(job.network, job.classes, _width(job), freeze_norm=job.method.freeze_norm)
-        recorder: RecordingLogger | None = None
-
-        def evaluator_of(metrics: list[Any]) -> EvaluationPlugin:
-            nonlocal recorder
-            travelled = [metric for metric in metrics if metric is not None]
-            recorder = RecordingLogger(metrics)
-            return EvaluationPlugin(*travelled, loggers=[recorder], collect_all=self.collect_all)
-
+        width = max(job.classes) + 1
+        model = SingleExpert(job.network, job.classes, width, freeze_norm=job.method.freeze_norm)
         clock = Clock()
         clock.train_exp_counter = job.task
-        strategy = unpack(self.packed, model, job.network, evaluator_of, clock)
-        distillation = _distillation(job, strategy.optimizer)
+        strategy, recorder = unpack(self.packed, model, job.network, clock)
+        distillation = _begin_distillation(job, strategy.optimizer)
         strategy.optimizer.state.clear()
         rules = _ExpertRules(job, distillation)
         strategy.plugins = [rules, *strategy.plugins]
-        assert recorder is not None
         if job.checkpoints is not None:
             strategy._checkpointing = Checkpointing(job.checkpoints, job, strategy, recorder)
         strategy.device = job.device
@@ -78,7 +65,7 @@ class StrategyTrainer:
             raise
         except Exception as error:
             resumed_after = 0 if strategy._checkpointing is None else strategy._checkpointing.resumed_after
-            raise _told(error, job, resumed_after) from error
+            raise _hook_error(error, job, resumed_after) from error
         finally:
             if distillation is not None:
                 distillation.detach()
@@ -86,7 +73,7 @@ class StrategyTrainer:
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
 
 
-class _ExpertRules(SupervisedPlugin):
+class _ExpertRules(Plugin):
     """The method's own part of the loop: the distillation term, and no loss that is not finite."""
 
     def __init__(self, job: ExpertJob, distillation: Distillation | None) -> None:
@@ -101,15 +88,15 @@ class _ExpertRules(SupervisedPlugin):
         """Mean distillation term over the iterations; None without LwF."""
         return None if self._distillation is None else self._total / max(1, self._count)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, float]:
         """The running totals."""
         return {"total": self._total, "count": self._count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from those."""
-        self._total, self._count = state["total"], state["count"]
+        self._total, self._count = state["total"], int(state["count"])
 
-    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+    def before_backward(self, strategy: Template, *_: object, **__: object) -> None:
         """Add the distillation term, as Avalanche's own LwF plugin does."""
         if self._distillation is not None:
             term = self._distillation.loss(strategy.mb_x)
@@ -117,7 +104,7 @@ class _ExpertRules(SupervisedPlugin):
             self._total += float(term.detach())
             self._count += 1
 
-    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+    def before_update(self, strategy: Template, *_: object, **__: object) -> None:
         """Refuse to step on a loss that is not finite, or once the driver was told to stop."""
         if self._job.is_stopping():
             raise StoppedError(f"Task {self._job.task} ended early: its driver was told to stop.")
@@ -130,15 +117,7 @@ class _ExpertRules(SupervisedPlugin):
             )
 
 
-def group_by_stream(experiences: Iterable[CLExperience]) -> list[list[CLExperience]]:
-    """Experiences of one stream together, as ``eval`` wants them."""
-    groups: dict[str, list[CLExperience]] = {}
-    for experience in experiences:
-        groups.setdefault(experience.origin_stream.name, []).append(experience)
-    return list(groups.values())
-
-
-def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillation | None:
+def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillation | None:
     """Set LwF up where there is a teacher: the old head trains in the parameter group of the head that it stands
     beside."""
     if job.teacher is None:
@@ -154,8 +133,8 @@ def _distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillat
     return distillation
 
 
-def _told(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
-    who = blame(error)
+def _hook_error(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
+    who = _raised_by(error)
     note = ""
     if resumed_after:
         path = task_file(job.task, "checkpoint")
@@ -166,13 +145,26 @@ def _told(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
     )
 
 
-def _width(job: ExpertJob) -> int:
-    return max(job.classes) + 1
+def _raised_by(error: BaseException) -> str | None:
+    """Whose mistake it is, such as "the plugin X in before_forward", from the frames of Avalanche's own dispatch; None
+    without one."""
+    found: str | None = None
+    for frame, _line in traceback.walk_tb(error.__traceback__):
+        found = _callback_of(frame) or found
+    return found
+
+
+def _callback_of(frame: FrameType) -> str | None:
+    name, local = frame.f_code.co_name, frame.f_locals
+    if name == "trigger_plugins" and {"p", "event"} <= local.keys():
+        return f"the plugin {type(local['p']).__name__} in {local['event']}"
+    if name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
+        return f"the metric {local['metric']} in {local['callback']}"
+    return None
 
 
 def _require_finite(job: ExpertJob) -> None:
-    network: nn.Module = job.network
-    for name, tensor in network.state_dict().items():
+    for name, tensor in job.network.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DivergedError(
                 f"The weights {name!r} of task {job.task} (label {job.label}) are not finite after training; lower the "

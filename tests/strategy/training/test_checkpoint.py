@@ -2,218 +2,183 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.core import SupervisedPlugin
-from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
-from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin, LRSchedulerPlugin
+from avalanche.evaluation import PluginMetric
+from avalanche.evaluation.metric_results import MetricValue
+from avalanche.evaluation.metrics import Mean, accuracy_metrics, loss_metrics
+from avalanche.training.plugins import (
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    GSS_greedyPlugin,
+    LRSchedulerPlugin,
+    SynapticIntelligencePlugin,
+)
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR, ReduceLROnPlateau, StepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
-from distributed_eg.errors import StorageError
-from distributed_eg.runtime.messages import Done, ExpertRequest, ExpertResult, Raised, TaskInput
-from distributed_eg.runtime.worker.worker import TaskWorker
-from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.experts import ExpertRef
-from distributed_eg.store.layout import task_file
+from distributed_eg import ExpertGate, ExpertGateStrategy
+from distributed_eg.errors import HookError, StorageError
+from distributed_eg.method.expert import derive_expert
+from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.messages import ExpertJob
+from distributed_eg.store.checkpoints import Checkpoint, CheckpointSlot, encode
 from distributed_eg.store.storage import Storage
-from distributed_eg.strategy.strategy import _DRIVER_ONLY
 from distributed_eg.strategy.tasks.experiences import info_of, parts_of, task_data
 from distributed_eg.strategy.training import checkpoint
-from distributed_eg.strategy.training.packing import pack
-from distributed_eg.strategy.training.trainer import StrategyTrainer
-from distributed_eg.types import TransferChoice
-from tests.helpers import SHAPE, TinyNet, task_images, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import SHAPE, task_images, tiny_benchmark, tiny_net, tiny_strategy
+from tests.inside import trainer_of
+from tests.method.helpers import digest
 
-EPOCHS = 5
+EPOCHS = 4
 TASK = 2
+NEVER = 1e6
+"""Seconds between checkpoints: none is written."""
 
 
-@pytest.fixture(autouse=True)
-def _warn_again() -> None:
-    """Each test sees the warnings that come once a process."""
-    checkpoint._warn_once.cache_clear()
+class Forgets:
+    """What has no memory says so: empty methods."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {}
 
 
-class Interrupted(Exception):
-    """What a killed worker is here."""
+class Interrupter(Forgets, SupervisedPlugin):
+    """Lists the epochs that were begun, and raises in the middle of one (counted from 0), once."""
 
-
-class Interrupter(SupervisedPlugin):
-    """Counts epochs in a file, and raises in the epochs named in another, once each."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
+    begun: ClassVar[list[int]] = []
+    stop: ClassVar[int | None] = None
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """An epoch begins."""
-        with (self.folder / "epochs").open("a") as file:
-            file.write(f"{strategy.clock.train_exp_epochs}\n")
+        self.begun.append(strategy.clock.train_exp_epochs)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
-        """In the middle of an epoch."""
-        marker = self.folder / f"stop-{strategy.clock.train_exp_epochs}"
-        if marker.exists():
-            marker.unlink()
-            raise Interrupted
-
-    def epochs(self) -> list[int]:
-        """The epochs that were begun since the last call."""
-        path = self.folder / "epochs"
-        found = [int(line) for line in path.read_text().split()] if path.exists() else []
-        path.unlink(missing_ok=True)
-        return found
+        if strategy.clock.train_exp_epochs == self.stop:
+            Interrupter.stop = None
+            raise RuntimeError("interrupted")
 
 
 class Stage:
-    """A run whose task 2 is trained as often as a test wants: from the root, or from task 0 by LwF."""
+    """Trains one expert as often as a test wants, as a worker does: from the root, by fine-tuning or by LwF."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        every_s = settings.pop("checkpoint_every_s", 0)
-        self.transfer = settings.pop("transfer", "finetune")
-        self.loader_args = settings.pop("loader_args", {})
-        self.experience = settings.pop("experience", None) or tiny_benchmark((0, 1, 0)).train_stream[TASK]
-        plugins = [*settings.pop("plugins", []), Interrupter(folder)]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.interrupter = plugins[-1]
-        cluster = ClusterConfig(engine="inline", storage=str(folder / "run"), checkpoint_every_s=every_s)
-        self.strategy = tiny_strategy(cluster, plugins=plugins, **{"train_epochs": EPOCHS, **settings})
-        before = self.strategy.train_epochs
-        self.strategy.train_epochs = 1
-        self.strategy.train(tiny_benchmark((0,)).train_stream)
-        self.strategy.train_epochs = before
-        self.interrupter.epochs()
-        self.folder = folder
-        self.storage = Storage(self.strategy.run_dir or "")
-        self.key = "k"
+    def __init__(self, storage: Storage, *, transfer: str = "finetune", **settings: Any) -> None:
+        self.transfer = transfer
+        self.slot = CheckpointSlot(storage, TASK, "k")
+        self.experience = settings.pop("experience", None) or tiny_benchmark((0, 1, 0), train=40).train_stream[TASK]
+        loader_args = settings.pop("loader_args", {})
+        plugins = [*settings.pop("plugins", []), Interrupter()]
+        strategy = tiny_strategy(plugins=plugins, **{"train_epochs": EPOCHS, **settings})
+        self.method, self.root = strategy.method, strategy.model.expert
+        self.trainer = trainer_of(strategy, loader_args)
 
-    def run(self) -> Done | Raised:
-        """Train the task once."""
-        run = self.strategy._open
-        assert run is not None
-        worker = run.engine._worker  # type: ignore[attr-defined]
-        assert isinstance(worker, TaskWorker)
+    def trained(self, every_s: float = 0) -> tuple[Any, ...]:
+        """Train to the end: what must be the same (weights, mean distillation, log)."""
+        Interrupter.begun.clear()
         part = parts_of(self.experience)[0]
-        data, _held = run.engine.shipper.ship(task_data(part, TASK, 0, 0.1), "data")
-        trainer = StrategyTrainer(pack(self.strategy, _DRIVER_ONLY), True, self.loader_args)
-        shipped, _ = run.engine.shipper.ship(trainer, "trainer")
-        task_input = TaskInput(TASK, TASK, part.classes, data, info_of(self.experience), self.key, (TASK,))
-        manifest = self.registry.manifests[0]
-        choice = TransferChoice(0, self.transfer)
-        return worker.run(ExpertRequest(task_input, choice, ExpertRef(manifest.expert, manifest.classes), shipped))
-
-    @property
-    def registry(self) -> Any:
-        """What task 0 left."""
-        assert self.strategy._open is not None
-        found = self.strategy._open
-        return found.session.registry if hasattr(found, "session") else found.registry  # type: ignore[attr-defined]
-
-    def trained(self) -> ExpertResult:
-        """Train the task to its end."""
-        done = self.run()
-        assert isinstance(done, Done), done.message + done.traceback
-        assert isinstance(done.result, ExpertResult)
-        return done.result
+        job = ExpertJob(
+            task=TASK,
+            label=TASK,
+            classes=part.classes,
+            network=derive_expert(self.root, len(part.classes), 0),
+            teacher=copy.deepcopy(self.root) if self.transfer == "lwf" else None,
+            data=cloudpickle.loads(cloudpickle.dumps(task_data(part, TASK, 0, 0.1))),
+            experience=info_of(self.experience),
+            method=self.method,
+            device=torch.device("cpu"),
+            checkpoints=self.slot,
+            checkpoint_every_s=every_s,
+        )
+        with reproducible(7, 1):
+            trained = self.trainer.train(job)
+        return digest(trained.network.state_dict()), trained.distillation, trained.log
 
     def interrupt(self, epoch: int) -> None:
-        """Train the task until the middle of that epoch (counted from 0)."""
-        (self.folder / f"stop-{epoch}").touch()
-        raised = self.run()
-        assert isinstance(raised, Raised)
-        assert "Interrupted" in raised.message, raised.message
-        assert self.interrupter.epochs()[-1] == epoch
-
-    @property
-    def record(self) -> Path:
-        """The checkpoint's record."""
-        return Path(self.strategy.run_dir or "") / task_file(TASK, "checkpoint")
+        """Train until the middle of that epoch."""
+        Interrupter.stop = epoch
+        with pytest.raises(HookError, match="interrupted"):
+            self.trained()
+        assert Interrupter.begun[-1] == epoch
 
 
 @pytest.fixture
-def stages(tmp_path: Path) -> Iterator[Callable[..., Stage]]:
-    """Makes stages, each in a folder of its own."""
-    made: list[Stage] = []
-
-    def make(**settings: Any) -> Stage:
-        made.append(Stage(tmp_path / str(len(made)), **settings))
-        return made[-1]
-
-    yield make
-    for stage in made:
-        stage.strategy.close()
+def stages(tmp_path: Path) -> Callable[..., Stage]:
+    """Makes stages in one run directory; they see the warnings that come once a process."""
+    checkpoint._warn_once.cache_clear()
+    return functools.partial(Stage, Storage(str(tmp_path)))
 
 
-def outcome(result: ExpertResult) -> tuple[Any, ...]:
-    """What must be the same: weights, mean distillation, log."""
-    return result.expert.sha256, result.distillation, result.log
-
-
-def require_resumed(make: Callable[..., Stage], settings: Callable[[], dict[str, Any]], stops: tuple[int, ...]) -> Any:
-    """Disturbed and undisturbed stages end alike, and no epoch that a checkpoint holds is run again."""
-    undisturbed = make(**settings(), checkpoint_every_s=1e6)
-    expected = undisturbed.trained()
-    all_epochs = undisturbed.interrupter.epochs()
-    assert not undisturbed.record.exists(), "a long pause: nothing is written"
-    stage = make(**settings())
+def require_resumed(stage: Stage, *stops: int) -> tuple[Any, ...]:
+    """Disturbed and undisturbed it ends alike, and no epoch that a checkpoint holds is run again."""
+    expected, epochs = stage.trained(NEVER), list(Interrupter.begun)
+    assert stage.slot.load() is None
     for stop in stops:
         stage.interrupt(stop)
-    assert outcome(stage.trained()) == outcome(expected)
-    assert stage.interrupter.epochs() == all_epochs[stops[-1] :]
+    assert stage.trained() == expected
+    assert Interrupter.begun == epochs[stops[-1] :]
     return expected
 
 
-def optimizer_of(make: Callable[[Any], torch.optim.Optimizer]) -> dict[str, Any]:
+def require_restarted(stage: Stage, caplog: Any) -> str:
+    """It begins anew and ends alike all the same; gives the warning that came, once for all three times."""
+    expected = stage.trained(NEVER)
+    stage.interrupt(2)
+    assert stage.trained() == expected
+    assert Interrupter.begun == list(range(EPOCHS))
+    assert stage.slot.load() is None
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert message.startswith("Experts that are tried again start from their beginning, not from a checkpoint: ")
+    return message
+
+
+def optimized(make: Callable[[Any], torch.optim.Optimizer]) -> dict[str, Any]:
     """Model and optimizer."""
     model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
     return {"model": model, "optimizer": make(model.expert)}
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    """Momentum."""
     return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 
 
 def grouped(net: Any) -> torch.optim.Optimizer:
-    """Two groups."""
-    groups = [
-        {"params": net.features.parameters(), "lr": 0.01, "weight_decay": 1e-2},
-        {"params": net.head.parameters()},
-    ]
+    groups = [{"params": net.features.parameters(), "lr": 0.01}, {"params": net.head.parameters()}]
     return torch.optim.AdamW(groups, lr=0.02, weight_decay=1e-3)
 
 
-@pytest.mark.parametrize("transfer", ["finetune", "lwf"])
-@pytest.mark.parametrize(
-    "optimizer",
-    [sgd, lambda net: torch.optim.Adam(net.parameters(), lr=0.01, amsgrad=True), grouped],
-    ids=["sgd", "adam", "groups"],
-)
-def test_optimizers(stages: Any, optimizer: Any, transfer: str) -> None:
-    expected = require_resumed(stages, lambda: {**optimizer_of(optimizer), "transfer": transfer}, (1, 3, 4))
-    assert (expected.distillation is not None) == (transfer == "lwf")
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "momentum": sgd,
+    "Adam": lambda net: torch.optim.Adam(net.parameters(), lr=0.01, amsgrad=True),
+    "NAdam": lambda net: torch.optim.NAdam(net.parameters(), lr=0.01),
+    "ASGD": lambda net: torch.optim.ASGD(net.parameters(), lr=0.01),
+    "Rprop": lambda net: torch.optim.Rprop(net.parameters(), lr=0.01),
+    "Adagrad": lambda net: torch.optim.Adagrad(net.parameters(), lr=0.01),
+}
 
 
-def test_other_optimizers(stages: Any) -> None:
-    for make in (
-        lambda net: torch.optim.NAdam(net.parameters(), lr=0.01),
-        lambda net: torch.optim.ASGD(net.parameters(), lr=0.01),
-        lambda net: torch.optim.Rprop(net.parameters(), lr=0.01),
-        lambda net: torch.optim.Adagrad(net.parameters(), lr=0.01),
-    ):
-        require_resumed(stages, lambda make=make: optimizer_of(make), (3,))
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_optimizers(stages: Any, kind: str) -> None:
+    require_resumed(stages(**optimized(OPTIMIZERS[kind])), 2)
+
+
+def test_learning_without_forgetting_interrupted_several_times(stages: Any) -> None:
+    _, distillation, _ = require_resumed(stages(**optimized(grouped), transfer="lwf"), 1, 2, 3)
+    assert distillation is not None
 
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRSchedulerPlugin]] = {
@@ -231,11 +196,8 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRSchedulerPlugin]] = {
 
 @pytest.mark.parametrize("kind", list(SCHEDULERS))
 def test_schedulers(stages: Any, kind: str) -> None:
-    def settings() -> dict[str, Any]:
-        made = optimizer_of(sgd)
-        return {**made, "plugins": [SCHEDULERS[kind](made["optimizer"])]}
-
-    require_resumed(stages, settings, (2, 4))
+    made = optimized(sgd)
+    require_resumed(stages(**made, plugins=[SCHEDULERS[kind](made["optimizer"])]), 3)
 
 
 def metrics(**levels: bool) -> EvaluationPlugin:
@@ -244,264 +206,147 @@ def metrics(**levels: bool) -> EvaluationPlugin:
 
 
 def test_validation_loss_and_evaluations(stages: Any) -> None:
-    def settings() -> dict[str, Any]:
-        made = optimizer_of(sgd)
-        plugin = LRSchedulerPlugin(ReduceLROnPlateau(made["optimizer"], patience=0), metric="val_loss")
-        evaluator = metrics(minibatch=True, epoch=True, experience=True, stream=True)
-        return {**made, "plugins": [plugin], "eval_every": 1, "evaluator": evaluator}
-
-    expected = require_resumed(stages, settings, (1, 3))
-    assert sum(record.callback == "after_eval" for record in expected.log) == EPOCHS + 1
+    made = optimized(sgd)
+    plugin = LRSchedulerPlugin(ReduceLROnPlateau(made["optimizer"], patience=0), metric="val_loss")
+    evaluator = metrics(minibatch=True, epoch=True, experience=True, stream=True)
+    _, _, log = require_resumed(stages(**made, plugins=[plugin], eval_every=1, evaluator=evaluator), 1, 3)
+    assert sum(record.callback == "after_eval" for record in log) == EPOCHS + 1
 
 
-@pytest.mark.parametrize("patience", [2, 10])
-def test_early_stopping(stages: Any, patience: int) -> None:
+@pytest.mark.parametrize(("patience", "stops", "epochs"), [(2, (1,), 2), (10, (2, 6), 8)])
+def test_early_stopping(stages: Any, patience: int, stops: tuple[int, ...], epochs: int) -> None:
     """It asks the evaluator for values of epochs before the interruption, and puts the best weights back."""
+    plugin = EarlyStoppingPlugin(patience, "valid_stream", metric_name="Loss_Stream", mode="min")
+    made = optimized(lambda net: torch.optim.SGD(net.parameters(), lr=0.005))
+    stage = stages(**made, plugins=[plugin], eval_every=1, evaluator=metrics(stream=True), train_epochs=8)
+    _, _, log = require_resumed(stage, *stops)
+    assert sum(record.callback == "after_training_epoch" for record in log) == epochs
 
-    def settings() -> dict[str, Any]:
-        plugin = EarlyStoppingPlugin(patience, "valid_stream", metric_name="Loss_Stream", mode="max")
-        return {"plugins": [plugin], "eval_every": 1, "evaluator": metrics(stream=True), "train_epochs": 8}
 
-    expected = require_resumed(stages, settings, (1,) if patience == 2 else (2, 6))
-    epochs = sum(record.callback == "after_training_epoch" for record in expected.log)
-    assert epochs == (2 if patience == 2 else 8)
+def test_another_plugin_of_avalanches(stages: Any) -> None:
+    require_resumed(stages(plugins=[GSS_greedyPlugin(input_size=[*SHAPE])]), 2)
 
 
 class Averager(SupervisedPlugin):
-    """Keeps a list, and adds noise that depends on it; tells its state."""
+    """Adds noise that depends on a list; cannot be asked for it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[float] = []
 
     def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Change gradients by what was seen."""
         self.seen.append(float(strategy.loss))
         for parameter in strategy.model.parameters():
             parameter.grad += 0.01 * float(np.mean(self.seen)) * torch.randn_like(parameter) * np.random.rand()
 
 
-class StatefulAverager(Averager):
-    """The same, resumable."""
+class Tells:
+    """The remedy."""
+
+    seen: Any
 
     def state_dict(self) -> dict[str, Any]:
-        """The list."""
         return {"seen": self.seen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it."""
-        self.seen = list(state["seen"])
+        self.seen = state["seen"]
 
 
-def test_a_plugin_that_tells_its_state(stages: Any) -> None:
-    require_resumed(stages, lambda: {"plugins": [StatefulAverager()]}, (2, 3))
+class TellingAverager(Tells, Averager):
+    """Resumable."""
 
 
-class Ema(nn.Module):
-    """An average of the weights whose rate depends on a number that its state dict leaves out."""
+class BatchCount(PluginMetric[int]):
+    """Counts over epochs; cannot be asked for it."""
+
+    seen = 0
+
+    def result(self) -> int:
+        return self.seen
+
+    def reset(self) -> None:
+        """Never."""
+
+    def after_training_iteration(self, strategy: Any) -> MetricValue:
+        self.seen += 1
+        return MetricValue(self, "batches", self.seen, strategy.clock.train_iterations)
+
+
+class TellingBatchCount(Tells, BatchCount):
+    """Resumable."""
+
+
+class Growing(nn.Module):
+    """A loss that grows by two buffers, of which its state dict leaves one out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.average = nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.updates = 0
+        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("other", torch.ones(()), persistent=False)
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.factor *= 1.01
+        self.other += 0.01
+        return nn.functional.cross_entropy(outputs, targets) * self.factor * self.other
 
 
-class HoldsModule(SupervisedPlugin):
-    """Keeps an average, and trains by it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ema = Ema()
-
-    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Change gradients by the average."""
-        self.ema.updates += 1
-        self.ema.average += (strategy.loss.detach().squeeze() - self.ema.average) / self.ema.updates
-        for parameter in strategy.model.parameters():
-            parameter.grad *= 1 + self.ema.average
-
-
-class IsModule(SupervisedPlugin, nn.Module):
-    """A plugin that is a module, with a number beside its tensors."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.register_buffer("total", torch.zeros(()))
-        self.count = 0
-
-    def after_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Change gradients by both."""
-        self.count += 1
-        self.total += strategy.loss.detach().squeeze()
-        for parameter in strategy.model.parameters():
-            parameter.grad *= 1 + self.total / self.count
-
-
-@pytest.mark.parametrize("plugin", [HoldsModule, IsModule])
-def test_modules_of_plugins_with_numbers_that_their_state_leaves_out(stages: Any, plugin: Any) -> None:
-    require_resumed(stages, lambda: {"plugins": [plugin()]}, (2, 3))
-
-
-class Unwilling(SupervisedPlugin):
-    """Has the two methods, and does not want to."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Raises."""
-        raise NotImplementedError("not yet")
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Never called."""
-
-
-def test_a_state_that_cannot_be_asked_for_stops_no_training(stages: Any, caplog: Any) -> None:
-    stage = stages(plugins=[Unwilling()])
-    stage.trained()
-    assert "NotImplementedError: not yet" in caplog.text
-    assert not stage.record.exists()
+def test_plugins_metrics_and_criteria_that_tell_their_state(stages: Any) -> None:
+    evaluator = EvaluationPlugin(TellingBatchCount(), loggers=[])
+    _, _, log = require_resumed(stages(plugins=[TellingAverager()], evaluator=evaluator, criterion=Growing()), 1, 3)
+    counts = [value.value for record in log for value in record.values]
+    assert counts == list(range(1, len(counts) + 1))
 
 
 class Counting(ExpertGateStrategy):
-    """A loop of its own, which counts, freezes layers half-way and lets gradients stand over the end of an epoch."""
+    """A loop and attributes of its own; freezes layers half-way, and lets gradients stand over the end of an epoch."""
 
     count = 0
 
+    def __init__(self, **settings: Any) -> None:
+        self.losses: list[Tensor] = []
+        self.mean = Mean()
+        self._mixer = nn.Linear(1, 1)
+        self._scaled = lambda loss: loss * 2
+        super().__init__(**settings)
+
     def training_epoch(self, **kwargs: Any) -> None:
-        """Step on every third batch."""
         for batch in self.dataloader:
             self.mbatch = batch
             self.count += 1
             self._unpack_minibatch()
             self._before_training_iteration(**kwargs)
-            self.loss = self._make_empty_loss()
             self.mb_output = self.forward()
-            self.loss += self.criterion() * (1 + self.count % 5)
+            self.loss = self._scaled(self.criterion()) * (1 + self.count % 5)
+            self.losses.append(self.loss.detach())
+            self.mean.update(self.loss.detach())
+            self._mixer.weight.data *= 0.9
+            self.loss *= (self._mixer.weight.item() + self.mean.result()) / sum(self.losses)
             self._before_backward(**kwargs)
             self.backward()
             self._before_update(**kwargs)
-            if self.count % 3 == 0:
+            if self.count % 2 == 0:
                 self.optimizer_step()
                 self.optimizer.zero_grad()
             self._after_training_iteration(**kwargs)
-        if self.count == 8:
+        if self.count == 6:
             next(self.model.expert.features.parameters()).requires_grad_(False)
+            self.model.expert.dropout.eval()
 
 
-def test_a_loop_of_the_users_own(stages: Any) -> None:
-    require_resumed(stages, lambda: {"cls": Counting}, (1, 3))
+def test_a_loop_and_attributes_of_the_users_own(stages: Any) -> None:
+    require_resumed(stages(cls=Counting), 1, 3)
 
 
-class Remembering(TinyNet):
-    """A network whose forward pass depends on a count and on a buffer that its state dict leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.register_buffer("scale", torch.ones(()), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
-        if self.training:
-            self.calls += 1
-            self.scale += 0.01
-        return super().forward(x) * self.scale * (1 + self.calls % 3)
-
-
-def test_networks_that_remember(stages: Any) -> None:
-    def settings() -> dict[str, Any]:
-        torch.manual_seed(0)
-        model = ExpertGate(SHAPE, arch=Remembering(), autoencoder="linear")
-        return {"model": model, "optimizer": torch.optim.SGD(model.expert.parameters(), lr=0.01), "freeze_norm": False}
-
-    require_resumed(stages, settings, (2,))
-
-
-def test_loader_arguments(stages: Any) -> None:
-    require_resumed(stages, lambda: {"loader_args": {"num_workers": 1, "drop_last": True}}, (2,))
-
-
-def restarted(make: Callable[..., Stage], settings: Callable[[], dict[str, Any]], caplog: Any) -> str:
-    """A stage that cannot go on from the middle ends alike all the same; gives the warning that came, once."""
-    expected = make(**settings(), checkpoint_every_s=1e6).trained()
-    assert not caplog.records
-    stage = make(**settings())
-    with caplog.at_level(logging.WARNING, "distributed_eg.strategy.training.checkpoint"):
-        stage.interrupt(2)
-        assert outcome(stage.trained()) == outcome(expected)
-    assert stage.interrupter.epochs() == list(range(EPOCHS))
-    assert not stage.record.exists()
-    (message,) = [r.getMessage() for r in caplog.records if r.name == "distributed_eg.strategy.training.checkpoint"]
-    assert "start from their beginning" in message
-    return message
-
-
-def test_a_list_that_grows(stages: Any, caplog: Any) -> None:
-    message = restarted(stages, lambda: {"plugins": [Averager()]}, caplog)
-    assert "'seen' (list) of the plugin Averager" in message
-    assert "load_state_dict" in message
-
-
-class CountingReads(Dataset[Any]):
-    """Brightens its images with each read."""
-
-    def __init__(self) -> None:
-        self.images, self.targets = task_images(0, 60, 3)
-        self.reads = 0
-
-    def __len__(self) -> int:
-        return 60
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        self.reads += 1
-        return self.images[index] + 1e-4 * self.reads, int(self.targets[index])
-
-
-class InPlace(CountingReads):
-    """Works in place on what it stores."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index].mul_(1.001), int(self.targets[index])
-
-
-class OwnGenerator:
-    """A transform that draws from a generator of its own."""
-
-    def __init__(self, kind: str) -> None:
-        self.numpy = np.random.default_rng(3) if kind == "numpy" else None
-        self.torch = torch.Generator().manual_seed(3) if kind == "torch" else None
-
-    def __call__(self, image: Tensor) -> Tensor:
-        drawn = self.numpy.random() if self.numpy else float(torch.rand((), generator=self.torch))
-        return image + 0.1 * drawn
-
-
-def experience_of(leaf: Any, transform: Any = None) -> Any:
-    """The third task, from that leaf."""
-    leaf.targets = leaf.targets.tolist() if isinstance(leaf.targets, Tensor) else leaf.targets
-    groups = {"train": (transform, None), "eval": (None, None)} if transform else None
-    dataset = as_classification_dataset(leaf, transform_groups=groups)
-    benchmark = benchmark_from_datasets(train=[dataset] * 3, test=[dataset] * 3)
-    return task_incremental_benchmark(benchmark).train_stream[TASK]
-
-
-@pytest.mark.parametrize("leaf", [CountingReads, InPlace])
-def test_datasets_that_change(stages: Any, caplog: Any, leaf: Any) -> None:
-    message = restarted(stages, lambda: {"experience": experience_of(leaf())}, caplog)
-    assert leaf.__name__ in message
-
-
-def images() -> TensorDataset:
-    """Plain images."""
+def test_loader_arguments_and_transforms_that_draw_from_torch(stages: Any) -> None:
     pixels, targets = task_images(0, 60, 3)
     leaf = TensorDataset(pixels, targets)
-    leaf.targets = targets  # type: ignore[attr-defined]
-    return leaf
-
-
-def test_transforms_that_draw(stages: Any, caplog: Any) -> None:
-    """From torch's own generator they are resumed; from one of their own they are not."""
-    require_resumed(stages, lambda: {"experience": experience_of(images(), noise)}, (2,))
-    settings = {"experience": experience_of(images(), OwnGenerator("numpy"))}
-    assert "OwnGenerator" in restarted(stages, lambda: settings, caplog)
+    leaf.targets = targets.tolist()  # type: ignore[attr-defined]
+    noisy = as_classification_dataset(leaf, transform_groups={"train": (noise, None), "eval": (None, None)})
+    benchmark = task_incremental_benchmark(benchmark_from_datasets(train=[noisy] * 3, test=[noisy] * 3))
+    stage = stages(experience=benchmark.train_stream[TASK], loader_args={"drop_last": True})
+    require_resumed(stage, 1)
+    stage.slot.delete()
+    require_resumed(stages(loader_args={"num_workers": 1}, train_epochs=2), 1)
 
 
 def noise(image: Tensor) -> Tensor:
@@ -509,95 +354,165 @@ def noise(image: Tensor) -> Tensor:
     return image + 0.1 * torch.rand(())
 
 
-class OwnLoader(ExpertGateStrategy):
-    """Makes a loader with a generator of its own."""
+class PlainScheduler:
+    """Cannot be asked for its state."""
 
-    def make_train_dataloader(self, **kwargs: Any) -> None:
-        """As a user would."""
-        generator = torch.Generator().manual_seed(1)
-        self.dataloader = DataLoader(
-            self.adapted_dataset, self.train_mb_size, shuffle=True, generator=generator, collate_fn=collate
-        )
+    base_lrs = (0.05,)
+
+    def step(self) -> None:
+        """Nothing."""
 
 
-def collate(samples: Any) -> Any:
-    """Samples with task labels."""
-    return [torch.stack([torch.as_tensor(v) for v in column]) for column in zip(*samples, strict=True)]
+class Watching(ExpertGateStrategy):
+    """Holds parameters of the network, which a stored copy would not be."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.watched = list(self.model.expert.head.parameters())
 
 
-def test_a_loader_with_a_generator_of_its_own(stages: Any, caplog: Any) -> None:
-    assert "Generator" in restarted(stages, lambda: {"cls": OwnLoader}, caplog)
+LACKING: dict[str, Callable[[], dict[str, Any]]] = {
+    "the plugin Averager (1) cannot be asked for state": lambda: {"plugins": [Averager()]},
+    "the metric BatchCount (0) cannot be asked for state": lambda: {
+        "evaluator": EvaluationPlugin(BatchCount(), loggers=[])
+    },
+    "PlainScheduler at ['the plugin LRSchedulerPlugin (1).scheduler'] cannot be stored": lambda: {
+        "plugins": [LRSchedulerPlugin(PlainScheduler())]
+    },
+    "set at ['the plugin SynapticIntelligencePlugin (1).excluded_parameters'] cannot be stored": lambda: {
+        "plugins": [SynapticIntelligencePlugin(0.1)]
+    },
+    "Parameter at ['the strategy Watching.watched'][0] cannot be stored": lambda: {"cls": Watching},
+}
+
+
+@pytest.mark.parametrize("words", list(LACKING))
+def test_who_cannot_be_asked_for_state_is_named_once_with_the_remedy(stages: Any, caplog: Any, words: str) -> None:
+    message = require_restarted(stages(**LACKING[words]()), caplog)
+    assert f"{words} in a checkpoint; give it state_dict()" in message or f"{words}; give it state_dict()" in message
+    assert "load_state_dict() of tensors and plain values, empty ones where it keeps nothing" in message
+
+
+class Replacing(Forgets, SupervisedPlugin):
+    """Does something to the strategy after each epoch."""
+
+    def __init__(self, act: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.act = act
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        self.act(strategy)
+
+
+REPLACED: dict[str, Callable[[Any], None]] = {
+    "model extra": lambda strategy: strategy.model.add_module("extra", nn.ReLU()),
+    "parameter 8 of the optimizer's group 0": lambda strategy: strategy.optimizer.param_groups[0]["params"].append(
+        nn.Parameter(torch.zeros(()))
+    ),
+    "the strategy ExpertGateStrategy.dataloader": lambda strategy: strategy.make_train_dataloader(),
+}
+
+
+@pytest.mark.parametrize("what", list(REPLACED))
+def test_what_comes_or_goes_or_is_replaced_between_epochs(stages: Any, caplog: Any, what: str) -> None:
+    stage = stages(plugins=[Replacing(REPLACED[what])], train_epochs=2)
+    stage.trained()
+    assert f"{what} comes, goes or is replaced" in caplog.text
+    assert stage.slot.load() is None
 
 
 def test_persistent_workers(stages: Any, caplog: Any) -> None:
-    settings = {"loader_args": {"num_workers": 1, "persistent_workers": True}}
-    assert "persistent_workers" in restarted(stages, lambda: settings, caplog)
+    stage = stages(loader_args={"num_workers": 1, "persistent_workers": True}, train_epochs=2)
+    stage.trained()
+    assert "persistent_workers" in caplog.text
+    assert stage.slot.load() is None
 
 
-@pytest.mark.parametrize("damage", ["record", "value", "weights", "gone"])
-def test_a_damaged_checkpoint(stages: Any, caplog: Any, damage: str) -> None:
-    expected = stages(checkpoint_every_s=1e6).trained()
-    stage = stages()
-    stage.interrupt(3)
-    record = json.loads(stage.record.read_text())
-    weights = Path(stage.strategy.run_dir) / record["tensors"]["path"]
-    if damage == "record":
-        stage.record.write_bytes(stage.record.read_bytes()[:100])
-    elif damage == "value":
-        stage.record.write_text(json.dumps({**record, "epochs": 2}))
-    elif damage == "weights":
-        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    else:
-        weights.unlink()
-    assert outcome(stage.trained()) == outcome(expected)
-    assert stage.interrupter.epochs() == list(range(EPOCHS))
-    assert "The checkpoint of task 2 cannot be used" in caplog.text
+class Unwilling(TellingAverager):
+    """Does not want to tell."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError("not yet")
 
 
-def test_another_key_is_ignored(stages: Any) -> None:
-    expected = stages(checkpoint_every_s=1e6).trained()
-    stage = stages()
-    stage.interrupt(3)
-    stage.key = "other data"
-    assert outcome(stage.trained()) == outcome(expected)
-    assert stage.interrupter.epochs() == list(range(EPOCHS))
+def test_a_state_that_cannot_be_had_stops_no_training(stages: Any, caplog: Any) -> None:
+    assert "NotImplementedError: not yet" in require_restarted(stages(plugins=[Unwilling()]), caplog)
 
 
-class Picky(StatefulAverager):
+class Picky(TellingAverager):
     """Cannot take its state back."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """A user's mistake."""
         raise ValueError("no")
 
 
 def test_a_state_that_cannot_be_put_back_is_tried_once(stages: Any) -> None:
     stage = stages(plugins=[Picky()])
     stage.interrupt(2)
-    raised = stage.run()
-    assert isinstance(raised, Raised)
-    assert isinstance(raised.error, StorageError)
-    assert "ValueError: no" in raised.message
-    assert not stage.record.exists()
+    with pytest.raises(StorageError, match="ValueError: no"):
+        stage.trained()
+    assert stage.slot.load() is None
     stage.trained()
 
 
+OLD_LAYOUT = {
+    "consists of": ["the strategy ExpertGateStrategy", "the evaluator", "the optimizer", "model", "valid 0"],
+    "attributes": {"the plugin Clock (3)": {"values": {"train_exp_epochs": 3}, "states": {}}},
+    "networks": {"model": {"state": {"network.head.weight": torch.ones(2, 48)}}},
+}
+
+
+def test_a_checkpoint_that_does_not_belong_is_ignored(stages: Any, caplog: Any) -> None:
+    stage = stages()
+    expected = stage.trained(NEVER)
+
+    def leave_old_layout() -> None:
+        stage.slot.save(Checkpoint("k", 3, *encode(OLD_LAYOUT)))
+
+    def damage() -> None:
+        stage.interrupt(1)
+        next(Path(stage.slot.storage.uri).rglob("checkpoint-*.safetensors")).unlink()
+
+    def leave_other_plugins() -> None:
+        stages(plugins=[TellingAverager()]).interrupt(1)
+
+    def leave_other_key() -> None:
+        stage.interrupt(1)
+        stage.slot = CheckpointSlot(stage.slot.storage, TASK, "of other data")
+
+    for leave, said in (
+        (leave_old_layout, "The checkpoint of task 2 (label 2) is of another kind"),
+        (damage, "The checkpoint of task 2 cannot be used"),
+        (leave_other_plugins, "The checkpoint of task 2 (label 2) is of another kind"),
+        (leave_other_key, ""),
+    ):
+        leave()
+        caplog.clear()
+        assert stage.trained() == expected
+        assert Interrupter.begun == list(range(EPOCHS))
+        assert said in caplog.text
+        stage.slot.delete()
+
+
 def test_a_storage_that_is_full_stops_no_training(stages: Any, caplog: Any, monkeypatch: Any) -> None:
-    expected = stages(checkpoint_every_s=1e6).trained()
+    stage = stages()
+    expected = stage.trained(NEVER)
 
     def full(*_: Any) -> None:
         raise StorageError("no room")
 
     monkeypatch.setattr(CheckpointSlot, "save", full)
-    assert outcome(stages().trained()) == outcome(expected)
+    assert stage.trained() == expected
     assert caplog.text.count("no room") == EPOCHS - 1
 
 
 def test_one_checkpoint_is_kept_and_none_after_the_last_epoch(stages: Any) -> None:
     stage = stages()
     stage.trained()
-    assert json.loads(stage.record.read_text())["epochs"] == EPOCHS - 1
-    assert len(list(stage.record.parent.glob("checkpoint-*.safetensors"))) == 1
-    short = stages(train_epochs=1)
-    short.trained()
-    assert not short.record.exists()
+    kept = stage.slot.load()
+    assert kept is not None
+    assert kept.epochs == EPOCHS - 1
+    assert len(list(Path(stage.slot.storage.uri).rglob("checkpoint-*.safetensors"))) == 1
+    stage.slot.delete()
+    stages(train_epochs=1).trained()
+    assert stage.slot.load() is None

@@ -1,0 +1,37 @@
+"""Frozen dataclasses from the JSON that ``dataclasses.asdict`` made of them, checked against their types."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def decode(kind: Any, value: Any, what: str) -> Any:
+    """A value from JSON as ``kind``: a dataclass, or plain, a literal, a dict, a tuple of one type, or a type or None.
+
+    Raises:
+        ValueError: it is none, or something in it is not; the message begins with the name of that, or with ``what``.
+    """
+    if type(value) is kind or kind is Any or (kind is float and type(value) is int):
+        return value
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
+        types = _types_of_fields(kind)
+        if odd := sorted(types.keys() ^ value.keys()):
+            raise ValueError(f"{what} lacks fields or has others: {', '.join(odd)}")
+        return kind(*[decode(types[name], value[name], name) for name in types])
+    if origin is tuple and isinstance(value, list):
+        return tuple([decode(arguments[0], item, what) for item in value])
+    if origin in (Union, UnionType):  # of something and None
+        return None if value is None else decode(arguments[0], value, what)
+    if (origin is Literal and value in arguments) or type(value) is origin:
+        return value
+    raise ValueError(f"{what} is {value!r:.80}, no {kind}")
+
+
+@cache
+def _types_of_fields(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}

@@ -7,39 +7,35 @@ import os
 import socket
 import threading
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
+from distributed_eg.store.local_files import sync_folder
 from distributed_eg.store.storage import Storage, record_bytes
+
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
 LEASE_S = 60.0
-"""For how long a driver that cannot be looked at, being on another machine, counts as alive after its last renewal."""
+"""For how long a driver whose lock cannot be looked at, as on another machine, is alive after its last renewal."""
 
-_SAME_START_S = 2.0  # a process's start is reckoned from the boot time, which moves when the clock is set right
 _PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that drives a run, and where its number means something."""
+    """A process that drives a run, to be named in messages."""
 
     host: str
-    boot_id: str
-    """Empty where the system has none."""
-    pid_namespace: int
-    """0 where the system has none; containers on one machine have one each."""
     pid: int
-    started: float
-    start_ticks: int
-    """When it started, by a clock that nobody sets; 0 where the system does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +46,8 @@ class LeaseRecord:
     holder: Holder
     renewed_at: float
     open: bool
-    token: str = ""
-    """Tells the holding process itself whether it still holds the run: it may have failed to write that it does not."""
+    lock: str = ""
+    """Which lock (see ``_locked``) its process holds for as long as it drives; empty where it has none."""
 
 
 class Lease:
@@ -62,8 +58,9 @@ class Lease:
         self._storage = storage
         self._record = record
         self._now = now
+        self._lock = ExitStack()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=_thread_of(record), daemon=True)
+        self._thread = threading.Thread(target=self._renew, name="distributed-eg-lease", daemon=True)
 
     @classmethod
     def acquire(cls, storage: Storage, now: Callable[[], float] = time.time) -> Lease:
@@ -80,26 +77,25 @@ class Lease:
             RunInUseError: another driver holds the run, or took it at the same moment.
             StorageError: the run directory cannot be read or written.
         """
-        generation, last = _latest(storage)
-        if last is not None and _is_alive(last, now()):
-            raise RunInUseError(
-                f"The run {storage.uri!r} is in use by {_described(last, now())}. Wait until it has ended, or end it; "
-                f"the lease of a driver that died on another machine expires {LEASE_S:.0f} s after its last renewal."
-            )
-        record = LeaseRecord(generation + 1, _this_process(), now(), open=True, token=uuid.uuid4().hex)
-        lease = cls(storage, record, now)
-        lease._thread.start()  # first: by it another thread of this process sees that the record's driver is alive
-        created = False
-        try:
-            created = storage.create(layout.session_file(record.generation), record_bytes(asdict(record)))
-        finally:
-            if not created:
-                lease._stop.set()
-        if not created:
-            raise RunInUseError(
-                f"The run {storage.uri!r} was taken by another driver at this moment, as its number "
-                f"{record.generation}. Start only one driver for each run, or wait until that one has ended."
-            )
+        with ExitStack() as held:
+            lock = held.enter_context(_locked(storage))
+            generation, last = _latest(storage)
+            driver = _living(last, lock, now())
+            holder = Holder(socket.gethostname(), os.getpid())
+            record = LeaseRecord(generation + 1, holder, now(), open=True, lock=lock or "")
+            path = layout.session_file(record.generation)
+            if driver is None and not storage.create(path, record_bytes(asdict(record))):
+                driver = "a process that took it at this moment"
+            if driver is not None:
+                raise RunInUseError(
+                    f"The run {storage.uri!r} is in use by {driver}. Wait until it has ended, or end it; the lease of "
+                    f"a driver that died on another machine expires {LEASE_S:.0f} s after its last renewal."
+                )
+            lease = cls(storage, record, now)
+            lease._thread.start()
+            lease._lock = held.pop_all()
+        if lock:  # a child that the driver forks, and that outlives it, must not hold the run
+            os.register_at_fork(after_in_child=lease._lock.close)
         return lease
 
     def release(self) -> None:
@@ -107,15 +103,11 @@ class Lease:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._lock.close()
         self._thread.join(_PATIENCE_S)
-        if self._thread.is_alive():
-            logger.warning(
-                "The lease of %r cannot be given back: its last renewal hangs. It expires in %.0f s.",
-                self._storage.uri,
-                LEASE_S,
-            )
-            return
         try:
+            if self._thread.is_alive():
+                raise StorageError(f"The last renewal of the lease of {self._storage.uri!r} hangs.")
             self._write(is_open=False)
         except StorageError as error:
             logger.warning("The lease could not be given back; it expires in %.0f s. %s", LEASE_S, error)
@@ -145,13 +137,43 @@ def superseded(storage: Storage, generation: int) -> bool:
 
 
 def holder_of(storage: Storage, now: Callable[[], float] = time.time) -> str | None:
-    """Which driver holds the run, in words for a message; None where no living one does.
+    """Which driver holds the run, in words for a message; None where no living one does. Writes nothing.
 
     Raises:
         StorageError: the run directory cannot be read.
     """
     _, last = _latest(storage)
-    return _described(last, now()) if last is not None and _is_alive(last, now()) else None
+    with _locked(storage, only_look=True) as lock:
+        return _living(last, lock, now())
+
+
+@contextmanager
+def _locked(storage: Storage, *, only_look: bool = False) -> Iterator[str | None]:
+    """Hold the system's lock on the local folder ``sessions/``, which ends with this process, however that ends.
+
+    Gives what tells this lock from all others, on other machines and file systems, too; an empty text where there is
+    none to be had, None where somebody else holds it. ``only_look`` lets others look, too, and makes no folder.
+    """
+    with ExitStack() as undo:
+        lock: str | None = ""
+        if fcntl is not None and storage.local_folder is not None:
+            folder = storage.local_folder / layout.SESSIONS
+            try:
+                new = [] if only_look else [path for path in (folder, *folder.parents) if not path.exists()]
+                for path in reversed(new):
+                    path.mkdir(exist_ok=True)
+                    sync_folder(path.parent)  # a power cut must not take a folder of the run
+                descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+                undo.callback(os.close, descriptor)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if only_look else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                status, boot = os.fstat(descriptor), Path("/proc/sys/kernel/random/boot_id")
+                system = boot.read_text(encoding="ascii").strip() if boot.exists() else socket.gethostname()
+                lock = f"{system}:{status.st_dev}:{status.st_ino}"
+            except BlockingIOError:
+                lock = None
+            except OSError as error:  # where that is more than a lack of locks, the first write tells
+                logger.info("No lock on %r, so that a lease ends by its release or expiry: %s", str(folder), error)
+        yield lock
 
 
 def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
@@ -163,69 +185,19 @@ def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
     path = layout.session_file(generation)
     try:
         raw = storage.read_record(path)
-        try:
-            holder = Holder(**raw["holder"])
-            started, ticks = float(holder.started), int(holder.start_ticks)
-            holder = replace(holder, pid=int(holder.pid), started=started, start_ticks=ticks)
-            renewed_at, is_open, token = float(raw["renewed_at"]), bool(raw["open"]), str(raw["token"])
-            return generation, LeaseRecord(generation, holder, renewed_at, is_open, token)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(f"The record {path!r} in {storage.uri!r} is damaged: {error!r}.") from error
-    except DamagedFileError as error:
-        logger.warning("It cannot be told who drove the run last, so that the run counts as free. %s", error)
+        holder = Holder(str(raw["holder"]["host"]), int(raw["holder"]["pid"]))
+        lock = str(raw.get("lock", ""))  # older versions of this package hold none
+        return generation, LeaseRecord(generation, holder, float(raw["renewed_at"]), bool(raw["open"]), lock)
+    except (DamagedFileError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%r does not tell who drove the run last, so that the run counts as free: %r", path, error)
         return generation, None
 
 
-def _is_alive(record: LeaseRecord, now: float) -> bool:
-    if not record.open:
-        return False
-    holder, here = record.holder, _this_process()
-    if (holder.host, holder.boot_id, holder.pid_namespace) == (here.host, here.boot_id, here.pid_namespace):
-        if holder.pid == here.pid:
-            return any(thread.name == _thread_of(record) for thread in threading.enumerate())
-        try:
-            process = psutil.Process(holder.pid)
-            same = abs(process.create_time() - holder.started) < _SAME_START_S
-            if holder.start_ticks:
-                same = _start_ticks(holder.pid) == holder.start_ticks
-            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
-        except psutil.AccessDenied:
-            logger.debug("Process %d may not be looked at; its lease's last renewal decides.", holder.pid)
-    return now - record.renewed_at < LEASE_S
-
-
-def _thread_of(record: LeaseRecord) -> str:
-    """Name of the thread that renews a lease."""
-    return f"distributed-eg-lease-{record.token}"
-
-
-def _described(record: LeaseRecord, now: float) -> str:
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.holder.started))
-    return (
-        f"process {record.holder.pid} on {record.holder.host!r}, which started at {since} and last renewed its lease "
-        f"{max(0.0, now - record.renewed_at):.0f} s ago"
-    )
-
-
-def _this_process() -> Holder:
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    return Holder(
-        host=socket.gethostname(),
-        boot_id=boot.read_text(encoding="ascii").strip() if boot.exists() else "",
-        pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
-        pid=os.getpid(),
-        started=float(psutil.Process().create_time()),
-        start_ticks=_start_ticks(os.getpid()),
-    )
-
-
-def _start_ticks(pid: int) -> int:
-    """When a process started, in ticks since the system did; 0 where the system does not tell, or it is gone."""
-    try:
-        return int(
-            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
-        )
-    except (OSError, ValueError, IndexError):
-        return 0
+def _living(last: LeaseRecord | None, lock: str | None, now: float) -> str | None:
+    """The driver in words, told by the newest record and what ``_locked`` gave; None where no living one is known."""
+    if last is None or not last.open:
+        return None if lock is not None else "a process that has just begun, or is about to end"
+    if lock is not None and (now - last.renewed_at >= LEASE_S or (lock and lock == last.lock)):
+        return None
+    idle_s = max(0.0, now - last.renewed_at)
+    return f"process {last.holder.pid} on {last.holder.host!r}, which last renewed its lease {idle_s:.0f} s ago"

@@ -6,15 +6,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, TextIO
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import tyro
 
 from distributed_eg.errors import InputError
-
-if TYPE_CHECKING:
-    from distributed_eg.schedule.simulation.runs import Finding, Totals
+from distributed_eg.schedule.simulation import runs
 
 _PROGRESS_EVERY = 100_000
 
@@ -43,52 +41,43 @@ def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> 
         raise InputError(f"--schedules {options.schedules} and --processes {processes} must be at least 1.")
     out = sys.stderr if options.json else sys.stdout
     started = time.perf_counter()
+
+    def tell_progress(totals: runs.Totals) -> None:
+        if totals.num_schedules % _PROGRESS_EVERY == 0:
+            told = f"{totals.num_schedules:,} schedules, {time.perf_counter() - started:.0f} s"
+            print(told, file=sys.stderr, flush=True)
+
     if options.replay is None:
-        from distributed_eg.schedule.simulation.runs import run_many
-
-        def tell(totals: Totals) -> None:
-            if totals.num_schedules % _PROGRESS_EVERY == 0:
-                told = f"{totals.num_schedules:,} schedules, {time.perf_counter() - started:.0f} s"
-                print(told, file=sys.stderr, flush=True)
-
-        totals = run_many(options.seed, options.schedules, processes, on_progress=tell)
+        totals = runs.run_many(options.seed, options.schedules, processes, on_progress=tell_progress)
+    elif broken := runs.replay(options.replay):
+        totals = runs.Totals(broken=broken)
     else:
-        totals = _replay(options.replay, out)
+        report = runs.simulate(options.replay)
+        totals = report.totals
+        print(report.plan, *report.events, sep="\n", file=out)
     seconds = time.perf_counter() - started
-    _tell(totals, seconds, out)
+    print(_told(totals, seconds), file=out)
     if options.json:
         answer = {field.name: getattr(totals, field.name) for field in fields(totals)}
-        broken = None if totals.broken is None else asdict(totals.broken)
-        print(json.dumps({**answer, "broken": broken, "seconds": seconds}))
-    if totals.broken is not None:
+        if broken := totals.broken:
+            answer["broken"] = {"seed": broken.seed, "message": str(broken), "choices": broken.choices}
+        print(json.dumps({**answer, "seconds": seconds}))
+    if totals.broken:
         sys.exit(1)
 
 
-def _replay(seed: int, out: TextIO) -> Totals:
-    from distributed_eg.schedule.simulation import runs as schedules
-
-    broken = schedules.replay(seed)
-    if broken is not None:
-        return schedules.Totals(broken=broken)
-    report = schedules.simulate(seed)
-    print(report.plan, *report.events, sep="\n", file=out)
-    return report.totals
-
-
-def _tell(totals: Totals, seconds: float, out: TextIO) -> None:
-    print(
+def _told(totals: runs.Totals, seconds: float) -> str:
+    lines = [
         f"{totals.num_schedules:,} schedules, {totals.num_events:,} events, {totals.num_attempts:,} attempts, "
         f"{totals.num_drivers - totals.num_schedules:,} drivers restarted; {totals.num_failed:,} tasks given up, "
         f"{totals.num_stopped:,} runs stopped by a failure; {seconds:.1f} s.",
-        file=out,
+        *(f"  {count:>12,}  {name}" for name, count in sorted(totals.faults.items())),
+    ]
+    broken = totals.broken
+    if broken is None:
+        return "\n".join([*lines, "Broken invariants: 0"])
+    lines.append(
+        f"Broken invariants: 1, by seed {broken.seed}. The shortest schedule that breaks it, for "
+        f"distributed_eg.schedule.simulation.runs.simulate(choices=…): {list(broken.choices)}\n{broken}"
     )
-    for name, count in sorted(totals.faults.items()):
-        print(f"  {count:>12,}  {name}", file=out)
-    print(f"Broken invariants: {0 if totals.broken is None else _finding(totals.broken)}", file=out)
-
-
-def _finding(broken: Finding) -> str:
-    return (
-        f"1, by seed {broken.seed}. The shortest schedule that breaks it, for "
-        f"distributed_eg.schedule.simulation.runs.simulate(choices=…): {list(broken.choices)}\n{broken.message}"
-    )
+    return "\n".join(lines)

@@ -6,18 +6,22 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
+from typing import TypeVar
 
 from distributed_eg.schedule.events import Cause, Event, Stage
-from distributed_eg.schedule.simulation.driver import Call, SimulatedDriver
-from distributed_eg.schedule.simulation.storage import BrokenInvariant, Plan, SimulatedStorage, require
+from distributed_eg.schedule.simulation.driver import SimulatedDriver
+from distributed_eg.schedule.simulation.storage import BrokenInvariant, Call, Plan, SimulatedStorage, require
 from distributed_eg.types import TaskId
+
+Item = TypeVar("Item")
 
 _MAX_TASKS = 6
 _MAX_FAULTS = 8
 _MAX_STEPS = 2000
 _UNDISTURBED = 48
-"""For each report that comes in, as long as there are faults left, a number is drawn: if it is below this, nothing goes
-wrong, and each of the ``len(FAULTS)`` numbers from here on stands for one kind of fault."""
+"""While there are faults left, a number is drawn for each report that comes in: this many of the numbers let it pass,
+each further one is one of ``FAULTS``."""
 
 
 class Chooser:
@@ -42,6 +46,10 @@ class Chooser:
         self.taken.append(choice)
         return choice
 
+    def one_of(self, items: Sequence[Item]) -> Item:
+        """One of the items, of which there is at least one."""
+        return items[self.below(len(items))]
+
 
 def make_plan(choose: Chooser) -> Plan:
     """Choose what a schedule is about."""
@@ -59,20 +67,13 @@ def make_plan(choose: Chooser) -> Plan:
     stop_on_failure = choose.below(6) == 5
     poison = None
     if choose.below(6) == 5:
-        cause = (Cause.RAISED, Cause.WORKER_LOST, Cause.STORAGE)[choose.below(3)]
-        poison = (num_earlier + choose.below(num_tasks), tuple(Stage)[choose.below(4)], cause)
+        cause = choose.one_of((Cause.RAISED, Cause.WORKER_LOST, Cause.STORAGE))
+        poison = (num_earlier + choose.below(num_tasks), choose.one_of(tuple(Stage)), cause)
     return Plan(tuple(parents), tuple(continues), num_earlier, has_reference, tasks_per_worker, stop_on_failure, poison)
 
 
 class Adversary:
-    """One schedule: drivers, one after another, over one storage, until one comes to its end undisturbed.
-
-    Args:
-        choose: decides everything.
-        driver_type: what is tested.
-        history: where the machines note every event.
-        validates: whether machine and loop are checked after every event.
-    """
+    """One schedule: drivers, one after another, over one storage, until one comes to its end undisturbed."""
 
     def __init__(
         self, choose: Chooser, driver_type: type[SimulatedDriver], history: list[Event], *, validates: bool
@@ -82,8 +83,7 @@ class Adversary:
         self.faults: Counter[str] = Counter()
         self.num_drivers = 0
         self._choose = choose
-        expected = SimulatedStorage(self.plan, complete=True)
-        self._make_driver = partial(driver_type, self.storage, expected, history, validates=validates)
+        self._make_driver = partial(driver_type, self.storage, history, validates=validates)
         self._faults_left = choose.below(_MAX_FAULTS + 1)
         self._late: list[Call] = []
         """What may report though it no longer runs: it was given up, has reported before, or is an earlier driver's."""
@@ -97,14 +97,14 @@ class Adversary:
             ScheduleError: the machine found that by itself.
         """
         for _ in range(_MAX_STEPS):
-            if self.driver.machine.done:
-                self.driver.check_end()
-                if not self._faults_left or self._choose.below(4) < 3:
-                    return
-                self._fault("resumed after its end")
-                self._restart()
-            else:
+            if not self.driver.machine.done:
                 self._step()
+                continue
+            self.driver.check_end()
+            if not self._faults_left or self._choose.below(4) < 3:
+                return
+            self._fault("resumed after its end")
+            self._restart()
         raise BrokenInvariant("every run ends", f"not after {_MAX_STEPS} steps")
 
     def _step(self) -> None:
@@ -118,20 +118,21 @@ class Adversary:
         if position:
             self.faults["report delayed"] += 1
         what = possible[position]
-        if isinstance(what, str):
-            return self._lose(what, Cause.NODE_LOST) if what in driver.leaving else self._return(what)
-        if driver.running.get(what.run.worker) is what:
-            return self._end_or_disturb(what)
-        return self._report_late(what)
+        if isinstance(what, Call):
+            return self._end_or_disturb(what) if driver.runs(what) else self._report_late(what)
+        if what in driver.leaving:
+            return self._lose(what, Cause.NODE_LOST)
+        self._returning.remove(what)
+        return self._join(what)
 
     def _end_or_disturb(self, call: Call) -> None:
         """A call that runs ends well, unless the plan or a fault is against it."""
-        fault = self._choose.below(_UNDISTURBED + len(FAULTS)) - _UNDISTURBED if self._faults_left else -1
+        drawn = self._choose.below(_UNDISTURBED + len(FAULTS)) if self._faults_left else 0
         poison = self.plan.poison
         if call.run.attempt in self._silent:
             self._lose(call.run.worker, Cause.OVERDUE)
-        elif fault >= 0:
-            name, disturb = FAULTS[fault]
+        elif drawn >= _UNDISTURBED:
+            name, disturb = FAULTS[drawn - _UNDISTURBED]
             self._fault(name)
             disturb(self, call)
         elif poison is None or poison[:2] != (call.run.task, call.run.stage):
@@ -162,9 +163,11 @@ class Adversary:
         """A driver begins with what storage tells, and with workers of its own."""
         self.num_drivers += 1
         self.driver = self._make_driver()
-        self._num_named = 0
+        self._names = map("w{}".format, count(1))
         self._returning: list[str] = []
+        """Names of workers that went, each of which another may come under."""
         self._silent: set[int] = set()
+        """Attempts that nobody will hear of again."""
         for _ in range(1 + self._choose.below(4)):
             self._join()
 
@@ -173,36 +176,23 @@ class Adversary:
         self._late = [*self.driver.running.values(), *self._late] if self._choose.below(2) else []
         self.faults["report to a later driver"] += len(self._late)
         if self._choose.below(3) == 2:
-            self._damage()
+            for _ in range(1 + self._choose.below(3)):
+                self._damage()
         self._begin()
 
     def _damage(self) -> None:
-        first = self.plan.num_earlier
-        # What an earlier call sealed is not this one's to make again.
-        derived = not (self.plan.has_reference or first)
-        for _ in range(1 + self._choose.below(3)):
-            files = [
-                (stage, task)
-                for stage, tasks in self.storage.sealed.items()
-                for task in tasks
-                if (derived if stage is Stage.FEATURES else task >= first)
-            ]
-            if files:
-                stage, task = files[self._choose.below(len(files))]
-                del self.storage.sealed[stage][task]
-                self.faults[f"{'statistics' if stage is Stage.FEATURES else stage.value} damaged"] += 1
-                if stage is Stage.RELATE:
-                    del self.storage.parents[task]
+        """A file is lost, but none of an earlier call, which this one could not make again."""
+        files = [key for key in self.storage.sealed if key not in self.storage.earlier]
+        if files:
+            task, stage = self._choose.one_of(files)
+            del self.storage.sealed[task, stage]
+            self.faults[f"{'statistics' if stage is Stage.FEATURES else stage.value} damaged"] += 1
 
     # Workers
 
-    def _join(self) -> None:
-        self._num_named += 1
-        self.driver.join(f"w{self._num_named}", "abc"[self._choose.below(3)])
-
-    def _return(self, worker: str) -> None:
-        self._returning.remove(worker)
-        self.driver.join(worker, "abc"[self._choose.below(3)])
+    def _join(self, worker: str | None = None) -> None:
+        """A worker comes: a new one, or another under the name of one that went."""
+        self.driver.join(worker or next(self._names), self._choose.one_of("abc"))
 
     def _lose(self, worker: str, cause: Cause) -> None:
         """A worker goes; what it ran may report after all, and another may come under its name."""
@@ -213,15 +203,11 @@ class Adversary:
             self._returning.append(worker)
         self.driver.lose(worker, cause)
 
-    def _lose_any(self) -> None:
-        workers = list(self.driver.workers)
-        self._lose(workers[self._choose.below(len(workers))], Cause.WORKER_LOST)
+    # What goes wrong with a call that was about to end well; a call that nothing is told of here goes on
 
     def _on_node(self, call: Call) -> list[str]:
         workers = self.driver.workers
         return [worker for worker, node in workers.items() if node == workers[call.run.worker]]
-
-    # What goes wrong with the call that was about to end well; where it is not told of here, it goes on
 
     def _lose_node(self, call: Call) -> None:
         for worker in self._on_node(call):
@@ -237,11 +223,11 @@ class Adversary:
 
     def _seal_twice(self, call: Call) -> None:
         """The coordinator sealed and died before it answered; the next one is asked again."""
-        self.driver.seal(call)
+        self.storage.seal(call)
         self.driver.finish(call)
 
     def _die_after_sealing(self, call: Call) -> None:
-        self.driver.seal(call)
+        self.storage.seal(call)
         self._restart()
 
 
@@ -250,7 +236,7 @@ FAULTS: tuple[tuple[str, Callable[[Adversary, Call], None]], ...] = (
     ("out of memory", lambda self, call: self.driver.fail(call, Cause.OUT_OF_MEMORY)),
     ("storage failed", lambda self, call: self.driver.fail(call, Cause.STORAGE)),
     ("worker lost", lambda self, call: self._lose(call.run.worker, Cause.WORKER_LOST)),
-    ("any worker lost", lambda self, call: self._lose_any()),
+    ("any worker lost", lambda self, call: self._lose(self._choose.one_of([*self.driver.workers]), Cause.WORKER_LOST)),
     ("node lost", Adversary._lose_node),
     ("node left with notice", Adversary._leave_node),
     ("worker joined", lambda self, call: self._join()),

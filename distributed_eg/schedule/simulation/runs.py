@@ -19,15 +19,6 @@ _VALIDATE_EVERY = 16
 _NUM_TOLD = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A schedule that broke an invariant, made short."""
-
-    seed: int
-    message: str
-    choices: tuple[int, ...]
-
-
 @dataclass(slots=True)
 class Totals:
     """What many schedules came to."""
@@ -41,7 +32,8 @@ class Totals:
     num_stopped: int = 0
     """Schedules whose last driver stopped before its stream's end."""
     faults: Counter[str] = field(default_factory=Counter)
-    broken: Finding | None = None
+    broken: BrokenInvariant | None = None
+    """By the shortest schedule that breaks the invariant that the first broken one did."""
 
     def merge(self, other: Totals) -> None:
         """Add what other schedules came to."""
@@ -92,16 +84,14 @@ def simulate(
             invariant, told = error.invariant, error.told
         events = "".join(f"\n  {event}" for event in history[-_NUM_TOLD:])
         by = f"choices {choose.taken}" if seed is None else f"seed {seed}, choices {choose.taken}"
-        told = f"{told}; {by}, last events:{events}"
-        raise BrokenInvariant(invariant, told, choose.taken) from error
-    last = adversary.driver
+        raise BrokenInvariant(invariant, f"{told}; {by}, last events:{events}", choose.taken, seed) from error
     totals = Totals(
         num_schedules=1,
         num_events=len(history),
         num_attempts=adversary.storage.last_attempt,
         num_drivers=adversary.num_drivers,
-        num_failed=len(last.failed),
-        num_stopped=int(last.stopping),
+        num_failed=len(adversary.driver.failed),
+        num_stopped=int(adversary.driver.stopping),
         faults=adversary.faults,
     )
     return Report(tuple(choose.taken), adversary.plan, tuple(history), totals)
@@ -135,18 +125,27 @@ def shrink(choices: Sequence[int], fails: Callable[[Sequence[int]], bool], max_t
     return best
 
 
-def replay(seed: int, *, driver: type[SimulatedDriver] = SimulatedDriver) -> Finding | None:
+def replay(seed: int, *, driver: type[SimulatedDriver] = SimulatedDriver) -> BrokenInvariant | None:
     """Run a seed's schedule again; where it breaks an invariant, the shortest schedule that breaks the same one."""
-    broken = _broken(driver, seed, None)
-    if broken is None:
+
+    def broken_by(seed: int | None, choices: Sequence[int]) -> BrokenInvariant | None:
+        try:
+            simulate(seed, choices, driver=driver)
+        except BrokenInvariant as broken:
+            return broken
+        return None
+
+    first = broken_by(seed, ())
+    if first is None:
         return None
 
     def fails(choices: Sequence[int]) -> bool:
-        again = _broken(driver, None, choices)
-        return again is not None and again.invariant == broken.invariant
+        again = broken_by(None, choices)
+        return again is not None and again.invariant == first.invariant
 
-    shortest = _broken(driver, None, shrink(broken.choices, fails)) or broken
-    return Finding(seed, str(shortest), shortest.choices)
+    shortest = broken_by(None, shrink(first.choices, fails)) or first
+    shortest.seed = seed
+    return shortest
 
 
 def run_many(
@@ -195,11 +194,3 @@ def _run_chunk(seeds: range, driver: type[SimulatedDriver]) -> Totals:
             totals.broken = replay(seed, driver=driver)
             break
     return totals
-
-
-def _broken(driver: type[SimulatedDriver], seed: int | None, choices: Sequence[int] | None) -> BrokenInvariant | None:
-    try:
-        simulate(seed, choices, driver=driver)
-    except BrokenInvariant as broken:
-        return broken
-    return None

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from distributed_eg.schedule.events import Cause, Stage
+from distributed_eg.schedule.instructions import RunStage
 from distributed_eg.types import TaskId
 
 _SEALED = (Stage.AUTOENCODER, Stage.RELATE, Stage.EXPERT)
+Key: TypeAlias = tuple[TaskId, Stage]
 
 
 class BrokenInvariant(AssertionError):
-    """What must hold in every schedule did not.
+    """What must hold in every schedule did not: what that is, what was seen instead, and in which schedule.
 
-    Args:
-        invariant: what must hold.
-        told: what was seen instead.
-        choices: the schedule, for ``simulate(choices=…)``.
+    ``choices`` are the schedule, for ``simulate(choices=…)``; ``seed`` is where it was found.
     """
 
-    def __init__(self, invariant: str, told: str, choices: Sequence[int] = ()) -> None:
-        super().__init__(invariant, told, choices)
-        self.invariant = invariant
-        self.told = told
-        self.choices = tuple(choices)
+    def __init__(self, invariant: str, told: str, choices: Sequence[int] = (), seed: int | None = None) -> None:
+        super().__init__(invariant, told, choices, seed)
+        self.invariant, self.told, self.choices, self.seed = invariant, told, tuple(choices), seed
 
     def __str__(self) -> str:
         return f"{self.invariant}: {self.told}"
@@ -53,71 +51,91 @@ class Plan:
     poison: tuple[TaskId, Stage, Cause] | None = None
 
 
+class Result(NamedTuple):
+    """What a stage leaves: a number that depends on the task and all that the stage read; after RELATE the parent."""
+
+    content: int
+    parent: TaskId | None = None
+
+
+class Call(NamedTuple):
+    """A stage that a worker was given, and what it will leave."""
+
+    run: RunStage
+    result: Result
+
+
 class SimulatedStorage:
-    """The run directory: what each stage left, as a number that depends on the task and on all that the stage read.
+    """The run directory: results by task and stage. FEATURES of the call's first task leave the statistics."""
 
-    The standardization statistics are what FEATURES of the call's first task leave.
-
-    Args:
-        plan: what the schedule is about.
-        complete: whether all is sealed from the beginning that the plan leaves where nothing goes wrong.
-    """
-
-    def __init__(self, plan: Plan, *, complete: bool = False) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.sealed: dict[Stage, dict[TaskId, int]] = {stage: {} for stage in Stage}
-        self.parents: dict[TaskId, TaskId | None] = {}
         self.last_attempt = 0
         self.has_failed = False
         """Whether a driver has given a task up: from then on there may be fewer candidates, so other parents."""
-        num_sealed = len(plan.parents) if complete else plan.num_earlier
-        if plan.has_reference or num_sealed:
-            self.sealed[Stage.FEATURES][plan.num_earlier] = hash((0, plan.num_earlier))
-        for task in range(num_sealed):
+        self.statistics: Key = (plan.num_earlier, Stage.FEATURES)
+        self.sealed: dict[Key, Result] = {}
+        self.sealed[self.statistics] = self.result(*self.statistics, reads=())
+        for task in range(len(plan.parents)):
             for stage in _SEALED:
-                self.seal(task, stage, *self.result(task, stage))
+                self.sealed[task, stage] = self.result(task, stage, self.reads(task, stage))
+        self.expected = self.sealed
+        """What the tasks leave where nothing goes wrong."""
+        self.earlier = {key for key in self.expected if key[0] < plan.num_earlier}
+        """What earlier calls left."""
+        if plan.has_reference or plan.num_earlier:
+            self.earlier.add(self.statistics)
+        self.sealed = {key: self.expected[key] for key in self.earlier}
 
     @property
     def has_statistics(self) -> bool:
         """Whether the statistics are there."""
-        return bool(self.sealed[Stage.FEATURES])
+        return self.statistics in self.sealed
 
-    def result(self, task: TaskId, stage: Stage) -> tuple[int, TaskId | None]:
-        """What a stage makes of what is sealed now; with the task's parent after RELATE."""
+    def parent(self, task: TaskId) -> TaskId | None:
+        """The parent that a task's RELATE left; None too where that has not run."""
+        related = self.sealed.get((task, Stage.RELATE))
+        return None if related is None else related.parent
+
+    def reads(self, task: TaskId, stage: Stage, failed: Collection[TaskId] = ()) -> list[Key]:
+        """What must be sealed before a stage starts: all that it reads. RELATE does without what ``failed``."""
         if stage is Stage.FEATURES:
-            return hash((0, task)), None
+            return []
         if stage is Stage.EXPERT:
-            parent = self.parents[task]
-            return hash((3, task, 0 if parent is None else self.sealed[Stage.EXPERT][parent])), None
-        autoencoders = self.sealed[Stage.AUTOENCODER]
-        statistics = self.sealed[Stage.FEATURES][self.plan.num_earlier]
+            parent = self.parent(task)
+            return [(task, Stage.RELATE), *([] if parent is None else [(parent, stage)])]
         if stage is Stage.AUTOENCODER:
             before = self.plan.continues[task]
-            return hash((1, task, statistics, 0 if before is None else autoencoders[before])), None
-        parent = self.plan.parents[task]
-        candidates = [autoencoders[earlier] for earlier in range(task) if earlier in autoencoders]
-        # Only what has an autoencoder can be chosen.
-        return hash((2, statistics, autoencoders[task], *candidates)), parent if parent in autoencoders else None
+            return [self.statistics, *([] if before is None else [(before, stage)])]
+        candidates = [(earlier, Stage.AUTOENCODER) for earlier in range(task + 1)]
+        return [self.statistics, *(key for key in candidates if key in self.sealed or key[0] not in failed)]
 
-    def seal(self, task: TaskId, stage: Stage, content: int, parent: TaskId | None) -> None:
-        """Seal a result; again the same changes nothing.
+    def result(self, task: TaskId, stage: Stage, reads: Sequence[Key]) -> Result:
+        """What a stage makes of what it reads. Only a task whose autoencoder is read can become the parent."""
+        parent = self.plan.parents[task]
+        is_chosen = stage is Stage.RELATE and (parent, Stage.AUTOENCODER) in reads
+        return Result(hash((task, stage, *map(self.sealed.__getitem__, reads))), parent if is_chosen else None)
+
+    def seal(self, call: Call) -> None:
+        """Seal what a stage left; features are a cache, and the same again changes nothing.
 
         Raises:
-            BrokenInvariant: another result is sealed already.
+            BrokenInvariant: another result is sealed already, or what is left depends on faults.
         """
-        known = self.sealed[stage].setdefault(task, content)
-        require(known == content, "a result is sealed once", task, stage)
-        if stage is Stage.RELATE:
-            self.parents[task] = parent
+        run, result = call
+        key = (run.task, run.stage)
+        if run.stage is Stage.FEATURES and not run.with_statistics:
+            return
+        require(self.sealed.setdefault(key, result) == result, "a result is sealed once", run)
+        may_differ = self.has_failed and run.stage in (Stage.RELATE, Stage.EXPERT)
+        require(may_differ or result == self.expected[key], "faults do not change results", run)
 
     def done(self, task: TaskId) -> frozenset[Stage]:
         """Stages that need not run again; features are a cache that RELATE makes anew where it is missing."""
-        done = {stage for stage in _SEALED if task in self.sealed[stage]}
-        if Stage.AUTOENCODER in done:
-            done.add(Stage.FEATURES)
-        return frozenset(done)
+        done = {stage for stage in _SEALED if (task, stage) in self.sealed}
+        return frozenset(done | {Stage.FEATURES} if Stage.AUTOENCODER in done else done)
 
     def is_committed(self, task: TaskId) -> bool:
         """Whether all that a task leaves is there."""
         gives_statistics = task == self.plan.num_earlier
-        return all(task in self.sealed[stage] for stage in _SEALED) and (self.has_statistics or not gives_statistics)
+        return len(self.done(task)) == len(Stage) and (self.has_statistics or not gives_statistics)

@@ -30,9 +30,9 @@ from distributed_eg.schedule.loop import Loop, Ports
 from distributed_eg.schedule.machine import Machine
 from distributed_eg.schedule.simulation import runs as simulate_module
 from distributed_eg.schedule.simulation.adversary import FAULTS
-from distributed_eg.schedule.simulation.driver import Call, SimulatedDriver
+from distributed_eg.schedule.simulation.driver import SimulatedDriver
 from distributed_eg.schedule.simulation.runs import Totals, run_many, shrink, simulate
-from distributed_eg.schedule.simulation.storage import BrokenInvariant, Plan, SimulatedStorage
+from distributed_eg.schedule.simulation.storage import BrokenInvariant, Call, Plan, Result, SimulatedStorage
 
 SEEDS = 3000
 
@@ -104,22 +104,31 @@ def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_a_stage_leaves_depends_on_all_that_it_read() -> None:
-    chain = SimulatedStorage(Plan((None, 0, 1), (None, None, None)), complete=True)
-    star = SimulatedStorage(Plan((None, 0, 0), (None, None, None)), complete=True)
-    again = SimulatedStorage(Plan((None, 0, 1), (None, None, 1)), complete=True)
-    expert, autoencoder = chain.sealed[Stage.EXPERT], chain.sealed[Stage.AUTOENCODER]
-    assert expert[1] == star.sealed[Stage.EXPERT][1]
-    assert expert[2] != star.sealed[Stage.EXPERT][2], "another parent"
-    assert autoencoder[2] != again.sealed[Stage.AUTOENCODER][2], "goes on from task 1's"
-    assert chain.sealed[Stage.RELATE][2] != again.sealed[Stage.RELATE][2]
+    chain = SimulatedStorage(Plan((None, 0, 1), (None, None, None))).expected
+    star = SimulatedStorage(Plan((None, 0, 0), (None, None, None))).expected
+    again = SimulatedStorage(Plan((None, 0, 1), (None, None, 1))).expected
+    assert chain[1, Stage.EXPERT] == star[1, Stage.EXPERT]
+    assert chain[2, Stage.EXPERT].content != star[2, Stage.EXPERT].content, "another parent"
+    assert chain[2, Stage.AUTOENCODER] != again[2, Stage.AUTOENCODER], "goes on from task 1's"
+    assert chain[2, Stage.RELATE].content != again[2, Stage.RELATE].content
 
 
 def test_storage_takes_the_same_again_and_nothing_else() -> None:
     storage = SimulatedStorage(Plan((None,), (None,)))
-    storage.seal(0, Stage.AUTOENCODER, 5, None)
-    storage.seal(0, Stage.AUTOENCODER, 5, None)
+    call = Call(RunStage(0, Stage.AUTOENCODER, 1, "w1"), storage.expected[0, Stage.AUTOENCODER])
+    storage.seal(call)
+    storage.seal(call)
     with pytest.raises(BrokenInvariant, match="a result is sealed once"):
-        storage.seal(0, Stage.AUTOENCODER, 6, None)
+        storage.seal(call._replace(result=Result(6)))
+
+
+def test_storage_takes_other_results_than_the_expected_only_after_a_task_was_given_up() -> None:
+    storage = SimulatedStorage(Plan((None,), (None,)))
+    call = Call(RunStage(0, Stage.EXPERT, 1, "w1"), Result(6))
+    with pytest.raises(BrokenInvariant, match="faults do not change results"):
+        storage.seal(call)
+    storage.has_failed = True
+    storage.seal(call)
 
 
 # What is broken on purpose
@@ -256,7 +265,7 @@ class TellsBeforeItRecords(Loop[Call]):
 
     def finished(self, attempt: int, result: Call) -> None:
         if attempt in self.runs:
-            self.tell(StageFinished(result.run.task, result.run.stage, attempt, result.parent))
+            self.tell(StageFinished(result.run.task, result.run.stage, attempt, result.result.parent))
             self._ports.record(result.run, result)
 
 
@@ -265,7 +274,7 @@ class RecordsNothing(Loop[Call]):
 
     def finished(self, attempt: int, result: Call) -> None:
         if attempt in self.runs:
-            self.tell(StageFinished(result.run.task, result.run.stage, attempt, result.parent))
+            self.tell(StageFinished(result.run.task, result.run.stage, attempt, result.result.parent))
 
 
 class RecordsTwice(Loop[Call]):
@@ -348,7 +357,9 @@ class StagesThatDiffer(SimulatedDriver):
     def submit(self, run: RunStage) -> None:
         super().submit(run)
         call = self.running[run.worker]
-        self.running[run.worker] = call._replace(content=call.content + (run.attempt > 9))
+        self.running[run.worker] = call._replace(
+            result=Result(call.result.content + (run.attempt > 9), call.result.parent)
+        )
 
 
 def _driver(broken: type[Machine] | type[Loop[Call]] | type[SimulatedDriver]) -> type[SimulatedDriver]:
@@ -404,8 +415,8 @@ def test_what_is_broken_is_found_and_made_short(
     found = totals.broken
     assert found is not None, "not found"
     assert totals.num_schedules == found.seed, "the first that breaks one ends it"
-    assert found.message.startswith(invariant)
-    assert str(list(found.choices)) in found.message
+    assert str(found).startswith(invariant)
+    assert str(list(found.choices)) in str(found)
     with pytest.raises(BrokenInvariant, match=re.escape(invariant)):
         simulate(choices=found.choices, driver=driver)
     with pytest.raises(BrokenInvariant) as first:

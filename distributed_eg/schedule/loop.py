@@ -9,15 +9,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Generic, Protocol, TypeVar
 
-from distributed_eg.schedule.events import (
-    Cause,
-    Event,
-    StageFailed,
-    StageFinished,
-    StreamEnded,
-    TaskArrived,
-    WorkerLost,
-)
+from distributed_eg.schedule import events
+from distributed_eg.schedule.events import Cause, Event, StageFailed, StageFinished, TaskArrived, WorkerLost
 from distributed_eg.schedule.instructions import ReportFailure, RunStage
 from distributed_eg.schedule.machine import Machine
 from distributed_eg.types import TaskId
@@ -46,12 +39,7 @@ class Ports(Protocol[Result_contra]):
 
 
 class Loop(Generic[Result]):
-    """One call of training: told every event, until its machine is done.
-
-    Args:
-        machine: the order of work.
-        ports: where the work is done.
-    """
+    """One call of training: told every event, until its machine is done."""
 
     def __init__(self, machine: Machine, ports: Ports[Result]) -> None:
         self.machine = machine
@@ -59,7 +47,7 @@ class Loop(Generic[Result]):
         """What runs now, by attempt number."""
         self._ports = ports
         self._order: deque[TaskId] = deque()
-        self._failed: set[TaskId] = set()
+        """Tasks that arrived, and were neither committed nor given up."""
 
     def finished(self, attempt: int, result: Result) -> None:
         """A stage ended well; ignored where that attempt does not run: it was given up, or reports twice."""
@@ -78,8 +66,8 @@ class Loop(Generic[Result]):
 
     def tell(self, event: Event) -> None:
         """Tell the machine, and do what it says until it asks for nothing more."""
-        events = [event]
-        for event in events:
+        told = [event]
+        for event in told:
             if isinstance(event, WorkerLost):
                 self.runs = {attempt: run for attempt, run in self.runs.items() if run.worker != event.worker}
             elif isinstance(event, (StageFinished, StageFailed)):
@@ -89,17 +77,15 @@ class Loop(Generic[Result]):
                     self.runs[instruction.attempt] = instruction
                     self._ports.submit(instruction)
                 elif isinstance(instruction, ReportFailure):
-                    self._failed.add(instruction.task)
+                    self._order.remove(instruction.task)
                     self._ports.give_up(instruction)
+                elif (arrival := self._ports.pull()) is not None:
+                    self._order.append(arrival.task)
+                    told.append(arrival)
                 else:
-                    arrival = self._ports.pull()
-                    events.append(StreamEnded() if arrival is None else arrival)
-                    if arrival is not None:
-                        self._order.append(arrival.task)
+                    told.append(events.StreamEnded())
             self._commit()
 
     def _commit(self) -> None:
-        while self._order and (self.machine.is_committed(self._order[0]) or self._order[0] in self._failed):
-            task = self._order.popleft()
-            if task not in self._failed:
-                self._ports.commit(task)
+        while self._order and self.machine.is_committed(self._order[0]):
+            self._ports.commit(self._order.popleft())

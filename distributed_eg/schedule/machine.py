@@ -78,19 +78,20 @@ class Machine:
         stop_on_failure: bool = False,
         history: MutableSequence[Event] | None = None,
     ) -> None:
-        self._committed = frozenset(committed)
         self._has_statistics = has_statistics
         self._tasks_per_worker = tasks_per_worker
-        self._next_attempt = first_attempt
+        self.next_attempt = first_attempt
+        """The number that the next attempt would get."""
         self._stop_on_failure = stop_on_failure
-        self._stopping = False
+        self.stopping = False
+        """Whether a failure ends the run before its stream's end."""
         self._first: TaskId | None = None
-        self._tasks: dict[TaskId, _Task] = {}
+        """The task that arrived first, whose features give the statistics."""
+        self._tasks = {task: _Task(None, set(Stage), None) for task in committed}
         self._num_unfinished = 0
         self._ready: dict[Stage, list[TaskId]] = {stage: [] for stage in _PRIORITY}
-        self._wait_for_statistics: list[TaskId] = []
-        self._wait_for_autoencoder: defaultdict[TaskId, list[TaskId]] = defaultdict(list)
-        self._wait_for_expert: defaultdict[TaskId, list[TaskId]] = defaultdict(list)
+        self._waiting: defaultdict[tuple[TaskId | None, Stage], list[TaskId]] = defaultdict(list)
+        """Tasks by the stage of another task that they wait for."""
         self._wait_for_all_earlier: list[TaskId] = []
         self._without_autoencoder: list[TaskId] = []
         self._nodes: dict[str, str] = {}
@@ -105,22 +106,12 @@ class Machine:
     def done(self) -> bool:
         """Whether nothing runs any more, and every task of the ended stream is committed or given up, or the run
         stops at a failure."""
-        return not self._busy and (self._stopping or (self._ended and self._num_unfinished == 0))
-
-    @property
-    def stopping(self) -> bool:
-        """Whether a failure ends the run before its stream's end."""
-        return self._stopping
+        return not self._busy and (self.stopping or (self._ended and self._num_unfinished == 0))
 
     @property
     def unfinished(self) -> list[TaskId]:
         """Tasks that are neither committed nor given up."""
         return sorted(t for t, state in self._tasks.items() if not state.failed and state.next_stage is not None)
-
-    @property
-    def next_attempt(self) -> int:
-        """The number that the next attempt would get."""
-        return self._next_attempt
 
     def is_committed(self, task: TaskId) -> bool:
         """Whether all stages of a task have ended well."""
@@ -165,7 +156,7 @@ class Machine:
         running = {task for task, state in self._tasks.items() if state.run is not None}
         self._require(running == {run.task for run in self._busy.values()}, "running tasks and busy workers differ")
         self._require(not (self._idle.keys() & self._busy.keys()), "a worker is idle and busy")
-        starved = self._idle and any(self._ready.values()) and not self._stopping
+        starved = self._idle and any(self._ready.values()) and not self.stopping
         self._require(not starved, "a worker is idle though a stage is ready")
         for run in self._busy.values():
             state = self._tasks[run.task]
@@ -174,14 +165,14 @@ class Machine:
                 self._require(self._expert_ready(state.parent), f"task {run.task} trains before its parent's expert")
         unfinished = self.unfinished
         self._require(len(unfinished) == self._num_unfinished, "unfinished tasks are miscounted")
-        waiting = [*running, *self._wait_for_statistics, *self._wait_for_all_earlier]
-        for places in (self._ready, self._wait_for_autoencoder, self._wait_for_expert):
-            waiting += [task for place in places.values() for task in place]
+        waiting = [*running, *self._wait_for_all_earlier]
+        for place in (*self._ready.values(), *self._waiting.values()):
+            waiting += place
         self._require(sorted(waiting) == unfinished, "a task is in no place, or in two")
 
     def _add_task(self, event: TaskArrived) -> list[Instruction]:
-        known = event.task in self._tasks or event.task in self._committed
-        self._require(not known and not self._ended, f"task {event.task} arrived twice, or after the stream's end")
+        is_new = event.task not in self._tasks and not self._ended
+        self._require(is_new, f"task {event.task} arrived twice, or after the stream's end")
         self._first = event.task if self._first is None else self._first
         state = self._tasks[event.task] = _Task(event.continues, set(event.done), event.parent)
         self._pulling = False
@@ -201,15 +192,15 @@ class Machine:
             needed = f"it needs the standardization statistics of task {self._first}, which failed"
             return self._give_up(task, needed)
         if stage in (Stage.AUTOENCODER, Stage.RELATE) and not self._has_statistics:
-            self._wait_for_statistics.append(task)
+            self._waiting[self._first, Stage.FEATURES].append(task)
             return []
         if stage is Stage.AUTOENCODER:
-            if state.continues is not None and state.continues not in self._committed:
+            if state.continues is not None:
                 before = self._tasks[state.continues]
                 if before.failed:
                     return self._give_up(task, f"it continues task {state.continues}, which failed")
                 if Stage.AUTOENCODER not in before.done:
-                    self._wait_for_autoencoder[state.continues].append(task)
+                    self._waiting[state.continues, stage].append(task)
                     return []
         elif stage is Stage.RELATE:
             if self._first_without_autoencoder() < task:
@@ -219,7 +210,7 @@ class Machine:
             if state.parent not in self._tasks or self._tasks[state.parent].failed:
                 needed = f"its expert starts from the expert of task {state.parent}, which failed or was left out"
                 return self._give_up(task, needed)
-            self._wait_for_expert[state.parent].append(task)
+            self._waiting[state.parent, stage].append(task)
             return []
         assert stage is not None
         heapq.heappush(self._ready[stage], task)
@@ -231,19 +222,15 @@ class Machine:
     def _finish(self, event: StageFinished) -> list[Instruction]:
         state = self._tasks[event.task]
         if event.stage is Stage.RELATE:
-            known = event.parent is None or event.parent in self._committed or event.parent in self._tasks
-            earlier = event.parent is None or event.parent < event.task
-            self._require(known and earlier, f"task {event.task} names parent {event.parent}, unknown or later")
+            known = event.parent is None or (event.parent in self._tasks and event.parent < event.task)
+            self._require(known, f"task {event.task} names parent {event.parent}, unknown or later")
             state.parent = event.parent
         state.done.add(event.stage)
-        freed: list[TaskId] = []
-        if event.stage is Stage.FEATURES and event.task == self._first and not self._has_statistics:
-            self._has_statistics = True
-            freed, self._wait_for_statistics = self._wait_for_statistics, []
+        freed = self._waiting.pop((event.task, event.stage), [])
+        if event.stage is Stage.FEATURES:
+            self._has_statistics |= event.task == self._first
         elif event.stage is Stage.AUTOENCODER:
-            freed = self._wait_for_autoencoder.pop(event.task, []) + self._related_now()
-        elif event.stage is Stage.EXPERT:
-            freed = self._wait_for_expert.pop(event.task, [])
+            freed += self._related_now()
         if state.next_stage is None:
             self._num_unfinished -= 1
             return self._advance_all(freed)
@@ -259,7 +246,7 @@ class Machine:
         if decide([f.cause for f in of_stage], [f.cause for f in failures]) is Decision.RETRY:
             return self._advance(event.task)
         # A storage that does not take what is written would fail every task that is left, hours of work each.
-        self._stopping |= self._stop_on_failure or event.cause is Cause.STORAGE
+        self.stopping |= self._stop_on_failure or event.cause is Cause.STORAGE
         if len(failures) == 1:
             return self._give_up(event.task, event.message)
         told = "".join(f"\n  {f.stage.value}, {f.cause.value}: {f.message}" for f in failures)
@@ -272,10 +259,12 @@ class Machine:
         state.failed = True
         self._num_unfinished -= 1
         reports: list[Instruction] = [ReportFailure(task, state.next_stage, message, tuple(state.failures))]
-        freed = self._wait_for_autoencoder.pop(task, []) + self._wait_for_expert.pop(task, []) + self._related_now()
+        freed = self._related_now()
+        for stage in _STAGES:
+            freed += self._waiting.pop((task, stage), [])
         if self._statistics_are_lost():
-            freed += self._wait_for_statistics + self._ready[Stage.FEATURES]
-            self._wait_for_statistics, self._ready[Stage.FEATURES] = [], []
+            freed += self._ready[Stage.FEATURES]
+            self._ready[Stage.FEATURES] = []
         return reports + self._advance_all(freed)
 
     def _lose_worker(self, event: WorkerLost) -> list[Instruction]:
@@ -300,14 +289,14 @@ class Machine:
 
     def _start_stages(self) -> list[Instruction]:
         instructions: list[Instruction] = []
-        if self._stopping or not self._idle:
+        if self.stopping or not self._idle:
             return instructions
         for stage in _PRIORITY:
             while self._idle and self._ready[stage]:
                 instructions.append(self._start(heapq.heappop(self._ready[stage]), stage))
-        limit = None if self._tasks_per_worker is None else self._tasks_per_worker * len(self._nodes)
-        room = limit is None or self._num_unfinished < limit
-        if self._idle and room and not self._ended and not self._pulling:
+        per_worker = self._tasks_per_worker
+        has_room = per_worker is None or self._num_unfinished < per_worker * len(self._nodes)
+        if self._idle and has_room and not self._ended and not self._pulling:
             self._pulling = True
             instructions.append(PullTask())
         return instructions
@@ -320,8 +309,8 @@ class Machine:
         worker = next(near, next(iter(usable)))
         del self._idle[worker]
         gives_statistics = stage is Stage.FEATURES and task == self._first and not self._has_statistics
-        state.run = self._busy[worker] = RunStage(task, stage, self._next_attempt, worker, gives_statistics)
-        self._next_attempt += 1
+        state.run = self._busy[worker] = RunStage(task, stage, self.next_attempt, worker, gives_statistics)
+        self.next_attempt += 1
         return state.run
 
     def _related_now(self) -> list[TaskId]:
@@ -342,7 +331,7 @@ class Machine:
         return not self._has_statistics and self._first is not None and self._tasks[self._first].failed
 
     def _expert_ready(self, task: TaskId) -> bool:
-        return task in self._committed or (task in self._tasks and Stage.EXPERT in self._tasks[task].done)
+        return task in self._tasks and Stage.EXPERT in self._tasks[task].done
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ class StopsForNothing(Machine):
 
     def _fail(self, event: StageFailed) -> list[Instruction]:
         instructions = super()._fail(event)
-        self._stopping = False
+        self.stopping = False
         return instructions
 
 
@@ -323,7 +324,7 @@ class CommitsTooEarly(Loop[Call]):
     """A task is committed when its turn has come, before its expert is there."""
 
     def _commit(self) -> None:
-        while self._order and self._order[0] not in self._failed:
+        while self._order:
             self._ports.commit(self._order.popleft())
 
 
@@ -335,12 +336,12 @@ class CommitsTooLate(Loop[Call]):
             super()._commit()
 
 
-class CommitsWhatFailed(Loop[Call]):
-    """A task that was given up is committed besides."""
+class WaitsForWhatFailed(Loop[Call]):
+    """A task that was given up is waited for still."""
 
-    def _commit(self) -> None:
-        self._failed.clear()
-        super()._commit()
+    def __init__(self, machine: Machine, ports: Ports[Call]) -> None:
+        super().__init__(machine, ports)
+        self._order = type("Keeping", (deque,), {"remove": lambda order, task: None})()
 
 
 class GivesUpInSilence(Loop[Call]):
@@ -357,9 +358,8 @@ class StagesThatDiffer(SimulatedDriver):
     def submit(self, run: RunStage) -> None:
         super().submit(run)
         call = self.running[run.worker]
-        self.running[run.worker] = call._replace(
-            result=Result(call.result.content + (run.attempt > 9), call.result.parent)
-        )
+        other = call.result._replace(content=call.result.content + (run.attempt > 9))
+        self.running[run.worker] = call._replace(result=other)
 
 
 def _driver(broken: type[Machine] | type[Loop[Call]] | type[SimulatedDriver]) -> type[SimulatedDriver]:
@@ -402,7 +402,7 @@ IN_ORDER = "tasks are committed once, in order of arrival"
         (CommitsOutOfOrder, IN_ORDER),
         (CommitsTooEarly, "a task is committed after all of it is sealed"),
         (CommitsTooLate, "a task is committed as soon as it can be"),
-        (CommitsWhatFailed, "a task is committed as soon as it can be"),
+        (WaitsForWhatFailed, "a task is committed as soon as it can be"),
         (GivesUpInSilence, "no task is lost"),
         (StagesThatDiffer, "faults do not change results"),
     ],

@@ -53,31 +53,28 @@ def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> 
         totals = runs.Totals(broken=broken)
     else:
         report = runs.simulate(options.replay)
-        totals = report.totals
         print(report.plan, *report.events, sep="\n", file=out)
+        totals = report.totals
     seconds = time.perf_counter() - started
-    print(_told(totals, seconds), file=out)
-    if options.json:
-        answer = {field.name: getattr(totals, field.name) for field in fields(totals)}
-        if broken := totals.broken:
-            answer["broken"] = {"seed": broken.seed, "message": str(broken), "choices": broken.choices}
-        print(json.dumps({**answer, "seconds": seconds}))
-    if totals.broken:
-        sys.exit(1)
-
-
-def _told(totals: runs.Totals, seconds: float) -> str:
-    lines = [
+    broken, finding = totals.broken, "0"
+    if broken is not None:
+        finding = (
+            f"1, by seed {broken.seed}. The shortest schedule that breaks it, for "
+            f"distributed_eg.schedule.simulation.runs.simulate(choices=…): {list(broken.choices)}\n{broken}"
+        )
+    print(
         f"{totals.num_schedules:,} schedules, {totals.num_events:,} events, {totals.num_attempts:,} attempts, "
         f"{totals.num_drivers - totals.num_schedules:,} drivers restarted; {totals.num_failed:,} tasks given up, "
         f"{totals.num_stopped:,} runs stopped by a failure; {seconds:.1f} s.",
         *(f"  {count:>12,}  {name}" for name, count in sorted(totals.faults.items())),
-    ]
-    broken = totals.broken
-    if broken is None:
-        return "\n".join([*lines, "Broken invariants: 0"])
-    lines.append(
-        f"Broken invariants: 1, by seed {broken.seed}. The shortest schedule that breaks it, for "
-        f"distributed_eg.schedule.simulation.runs.simulate(choices=…): {list(broken.choices)}\n{broken}"
+        f"Broken invariants: {finding}",
+        sep="\n",
+        file=out,
     )
-    return "\n".join(lines)
+    if options.json:
+        answer = {field.name: getattr(totals, field.name) for field in fields(totals)}
+        if broken is not None:
+            answer["broken"] = {"seed": broken.seed, "message": str(broken), "choices": broken.choices}
+        print(json.dumps({**answer, "seconds": seconds}))
+    if broken is not None:
+        sys.exit(1)

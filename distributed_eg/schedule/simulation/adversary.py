@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
+from itertools import chain, count, repeat
 from typing import TypeVar
 
 from distributed_eg.schedule.events import Cause, Event, Stage
@@ -32,17 +32,14 @@ class Chooser:
 
     def __init__(self, seed: int | None, given: Sequence[int]) -> None:
         self.taken: list[int] = []
-        self._given = list(reversed(given))
-        self._random = None if seed is None else random.Random(seed).random
+        further = repeat(0) if seed is None else map(random.Random(seed).getrandbits, repeat(32))
+        self._numbers = chain(given, further)
 
     def below(self, bound: int) -> int:
         """A number from 0 to ``bound`` - 1."""
         if bound < 2:
             return 0
-        if self._given:
-            choice = self._given.pop() % bound
-        else:
-            choice = 0 if self._random is None else int(self._random() * bound)
+        choice = next(self._numbers) % bound
         self.taken.append(choice)
         return choice
 
@@ -137,21 +134,21 @@ class Adversary:
             disturb(self, call)
         elif poison is None or poison[:2] != (call.run.task, call.run.stage):
             self.driver.finish(call)
-        elif poison[2] is Cause.WORKER_LOST:
-            self.faults["poison killed its worker"] += 1
-            self._lose(call.run.worker, Cause.WORKER_LOST)
         else:
-            self.faults["poison failed"] += 1
-            self.driver.fail(call, poison[2])
+            self.faults[f"poison: {poison[2].value}"] += 1
+            self._fail(call, poison[2])
+
+    def _fail(self, call: Call, cause: Cause) -> None:
+        if cause is Cause.WORKER_LOST:
+            self._lose(call.run.worker, cause)
+        else:
+            self.driver.fail(call, cause)
 
     def _report_late(self, call: Call) -> None:
         self._late.remove(call)
-        if self._choose.below(2):
-            self.faults["stale failure"] += 1
-            self.driver.fail(call, Cause.RAISED)
-        else:
-            self.faults["stale result"] += 1
-            self.driver.finish(call)
+        has_failed = self._choose.below(2)
+        self.faults["stale failure" if has_failed else "stale result"] += 1
+        return self.driver.fail(call, Cause.RAISED) if has_failed else self.driver.finish(call)
 
     def _fault(self, name: str) -> None:
         self._faults_left -= 1

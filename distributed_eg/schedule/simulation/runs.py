@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,16 +33,12 @@ class Totals:
     """Schedules whose last driver stopped before its stream's end."""
     faults: Counter[str] = field(default_factory=Counter)
     broken: BrokenInvariant | None = None
-    """By the shortest schedule that breaks the invariant that the first broken one did."""
+    """The first that was broken, by the shortest schedule that breaks it."""
 
     def merge(self, other: Totals) -> None:
         """Add what other schedules came to."""
-        self.num_schedules += other.num_schedules
-        self.num_events += other.num_events
-        self.num_attempts += other.num_attempts
-        self.num_drivers += other.num_drivers
-        self.num_failed += other.num_failed
-        self.num_stopped += other.num_stopped
+        for name in ("num_schedules", "num_events", "num_attempts", "num_drivers", "num_failed", "num_stopped"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.faults.update(other.faults)
         self.broken = other.broken
 
@@ -98,31 +94,30 @@ def simulate(
 
 
 def shrink(choices: Sequence[int], fails: Callable[[Sequence[int]], bool], max_tries: int = 5000) -> list[int]:
-    """Make a failing schedule shorter and tamer while ``fails`` says that it still fails.
-
-    Drops and zeroes ever smaller chunks, then lowers single choices, until nothing helps or ``max_tries`` are used up.
-    """
-    best, tried, before = list(choices), 0, None
-
-    def still_fails(candidate: list[int]) -> bool:
-        nonlocal tried
-        tried += 1
-        return tried <= max_tries and candidate != best and fails(candidate)
-
-    while best != before:
-        before = best
-        size = len(best)
-        while size := size // 2:
-            start = 0
-            while start < len(best):
-                end = start + size
-                dropped, zeroed = best[:start] + best[end:], best[:start] + [0] * len(best[start:end]) + best[end:]
-                better = next(filter(still_fails, (dropped, zeroed)), None)
-                start, best = (start + size, best) if better is None else (start, better)
-        for position, choice in enumerate(best):
-            lowered = [[*best[:position], lower, *best[position + 1 :]] for lower in (0, choice // 2, choice - 1)]
-            best = next(filter(still_fails, lowered if choice else ()), best)
+    """Make a failing schedule shorter and tamer until nothing does, or ``max_tries`` are used up."""
+    best = list(choices)
+    candidates = _tamer(best)
+    for _ in range(max_tries):
+        candidate = next(candidates, None)
+        if candidate is None:
+            break
+        if fails(candidate):
+            best, candidates = candidate, _tamer(candidate)
     return best
+
+
+def _tamer(choices: list[int]) -> Iterator[list[int]]:
+    """Without a chunk, or with zeros for it, the largest chunks first; then with one choice that is lower."""
+    size = len(choices)
+    while size := size // 2:
+        for start in range(0, len(choices), size):
+            before, chunk, after = choices[:start], choices[start : start + size], choices[start + size :]
+            yield before + after
+            if any(chunk):
+                yield [*before, *[0] * len(chunk), *after]
+    for position, choice in enumerate(choices):
+        for lower in sorted({0, choice // 2, choice - 1} - {choice, -1}):
+            yield [*choices[:position], lower, *choices[position + 1 :]]
 
 
 def replay(seed: int, *, driver: type[SimulatedDriver] = SimulatedDriver) -> BrokenInvariant | None:

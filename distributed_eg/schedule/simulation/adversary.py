@@ -135,14 +135,12 @@ class Adversary:
         elif poison is None or poison[:2] != (call.run.task, call.run.stage):
             self.driver.finish(call)
         else:
-            self.faults[f"poison: {poison[2].value}"] += 1
-            self._fail(call, poison[2])
-
-    def _fail(self, call: Call, cause: Cause) -> None:
-        if cause is Cause.WORKER_LOST:
-            self._lose(call.run.worker, cause)
-        else:
-            self.driver.fail(call, cause)
+            cause = poison[2]
+            self.faults[f"poison: {cause.value}"] += 1
+            if cause is Cause.WORKER_LOST:
+                self._lose(call.run.worker, cause)
+            else:
+                self.driver.fail(call, cause)
 
     def _report_late(self, call: Call) -> None:
         self._late.remove(call)
@@ -154,15 +152,13 @@ class Adversary:
         self._faults_left -= 1
         self.faults[name] += 1
 
-    # Drivers
-
     def _begin(self) -> None:
         """A driver begins with what storage tells, and with workers of its own."""
         self.num_drivers += 1
         self.driver = self._make_driver()
         self._names = map("w{}".format, count(1))
         self._returning: list[str] = []
-        """Names of workers that went, each of which another may come under."""
+        """Names of workers that went, and under which others may come."""
         self._silent: set[int] = set()
         """Attempts that nobody will hear of again."""
         for _ in range(1 + self._choose.below(4)):
@@ -185,8 +181,6 @@ class Adversary:
             del self.storage.sealed[task, stage]
             self.faults[f"{'statistics' if stage is Stage.FEATURES else stage.value} damaged"] += 1
 
-    # Workers
-
     def _join(self, worker: str | None = None) -> None:
         """A worker comes: a new one, or another under the name of one that went."""
         self.driver.join(worker or next(self._names), self._choose.one_of("abc"))
@@ -200,19 +194,14 @@ class Adversary:
             self._returning.append(worker)
         self.driver.lose(worker, cause)
 
-    # What goes wrong with a call that was about to end well; a call that nothing is told of here goes on
+    # Faults of a call that was about to end well: what is not ended here runs on.
 
-    def _on_node(self, call: Call) -> list[str]:
-        workers = self.driver.workers
-        return [worker for worker, node in workers.items() if node == workers[call.run.worker]]
-
-    def _lose_node(self, call: Call) -> None:
-        for worker in self._on_node(call):
-            self._lose(worker, Cause.NODE_LOST)
-
-    def _leave_node(self, call: Call) -> None:
-        for worker in self._on_node(call):
-            self.driver.leave(worker)
+    def _on_node(self, call: Call, befall: Callable[[str], None]) -> None:
+        """The same befalls all workers of the call's node."""
+        workers = dict(self.driver.workers)
+        for worker, node in workers.items():
+            if node == workers[call.run.worker]:
+                befall(worker)
 
     def _report_twice(self, call: Call) -> None:
         self._late.append(call)
@@ -234,8 +223,8 @@ FAULTS: tuple[tuple[str, Callable[[Adversary, Call], None]], ...] = (
     ("storage failed", lambda self, call: self.driver.fail(call, Cause.STORAGE)),
     ("worker lost", lambda self, call: self._lose(call.run.worker, Cause.WORKER_LOST)),
     ("any worker lost", lambda self, call: self._lose(self._choose.one_of([*self.driver.workers]), Cause.WORKER_LOST)),
-    ("node lost", Adversary._lose_node),
-    ("node left with notice", Adversary._leave_node),
+    ("node lost", lambda self, call: self._on_node(call, partial(self._lose, cause=Cause.NODE_LOST))),
+    ("node left with notice", lambda self, call: self._on_node(call, self.driver.leave)),
     ("worker joined", lambda self, call: self._join()),
     ("worker joined twice", lambda self, call: self.driver.join(call.run.worker, self.driver.workers[call.run.worker])),
     ("report lost", lambda self, call: self._silent.add(call.run.attempt)),

@@ -15,12 +15,10 @@ from distributed_eg.types import TaskId
 
 
 class SimulatedDriver(Ports[Call]):
-    """Told what happens to its workers and what they report, it tells the loop; the loop decides, the ports check.
+    """Tells the loop what befalls its workers and what they report, and checks all that the loop asks for.
 
-    Args:
-        storage: all that it knows of earlier drivers.
-        history: where the machine notes every event.
-        validates: whether machine and loop are checked after every event.
+    It knows of earlier drivers what ``storage`` holds. The machine notes every event in ``history``; with ``validates``
+    machine and loop are checked after each.
     """
 
     loop_type: type[Loop[Call]] = Loop

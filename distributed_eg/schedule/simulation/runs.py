@@ -62,9 +62,7 @@ def simulate(
 ) -> Report:
     """Run one schedule: by ``choices`` as far as they go, then by ``seed``, and undisturbed where neither says more.
 
-    Args:
-        driver: the driver, and by it the loop and the machine, that are tested.
-        validates: whether the machine is validated after every event.
+    ``driver`` brings the loop and the machine that are tested; ``validates`` has them checked after every event.
 
     Raises:
         BrokenInvariant: something does not hold; told with the seed, the choices and the last events.
@@ -153,9 +151,7 @@ def run_many(
 ) -> Totals:
     """Run the schedules of ``count`` seeds; the first that breaks an invariant ends it, made short in ``broken``.
 
-    Args:
-        processes: how many share the work; 1: this one.
-        on_progress: told of the totals so far, now and then.
+    One process is this one. ``on_progress`` is told of the totals so far, now and then.
     """
     last = first_seed + count
     chunks = [range(start, min(start + _CHUNK, last)) for start in range(first_seed, last, _CHUNK)]

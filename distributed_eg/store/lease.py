@@ -64,14 +64,10 @@ class Lease:
 
     @classmethod
     def acquire(cls, storage: Storage, now: Callable[[], float] = time.time) -> Lease:
-        """Become the driver of the run.
+        """Become the driver of the run; ``now`` gives seconds since the epoch.
 
         Exclusive on local disks and NFS. On an object store two drivers that start within the same moment may both
         get through (see ``Storage.create``).
-
-        Args:
-            storage: the run directory.
-            now: seconds since the epoch.
 
         Raises:
             RunInUseError: another driver holds the run, or took it at the same moment.
@@ -83,8 +79,7 @@ class Lease:
             driver = _living(last, lock, now())
             holder = Holder(socket.gethostname(), os.getpid())
             record = LeaseRecord(generation + 1, holder, now(), open=True, lock=lock or "")
-            path = layout.session_file(record.generation)
-            if driver is None and not storage.create(path, record_bytes(asdict(record))):
+            if driver is None and not storage.create(layout.session_file(generation + 1), record_bytes(asdict(record))):
                 driver = "a process that took it at this moment"
             if driver is not None:
                 raise RunInUseError(
@@ -123,25 +118,18 @@ class Lease:
         path = layout.session_file(self.generation)
         if not self._storage.exists(path):  # a run that was removed must not come to be again
             raise StorageError(f"The run {self._storage.uri!r} has no {path!r} any more; was it removed?")
-        record = replace(self._record, renewed_at=self._now(), open=is_open)
-        self._storage.write_record(path, asdict(record))
+        self._storage.write_record(path, asdict(replace(self._record, renewed_at=self._now(), open=is_open)))
 
 
 def superseded(storage: Storage, generation: int) -> bool:
-    """Whether a later driver took the run over: the one with this generation must not write any more.
-
-    Raises:
-        StorageError: that cannot be told.
-    """
+    """Whether a later driver took the run over, so that the one with this generation must not write any more;
+    ``StorageError`` where that cannot be told."""
     return storage.exists(layout.session_file(generation + 1))
 
 
 def holder_of(storage: Storage, now: Callable[[], float] = time.time) -> str | None:
-    """Which driver holds the run, in words for a message; None where no living one does. Writes nothing.
-
-    Raises:
-        StorageError: the run directory cannot be read.
-    """
+    """Which driver holds the run, in words for a message; None where no living one does. Writes nothing;
+    ``StorageError`` where the run directory cannot be read."""
     _, last = _latest(storage)
     with _locked(storage, only_look=True) as lock:
         return _living(last, lock, now())

@@ -55,26 +55,20 @@ def ask_workers(
     registry = run.registry
     shards = max(1, -(-max(1, len(run.workers())) // max(1, len(asked))))
     highest = max(max(manifest.classes) for manifest in registry.newest.values())
-    needed = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
-    gate_and_experts, _ = run.shipper.ship(needed, "the gate")
-    requests: list[EvaluateRequest] = []
-    counts, rights, held = [], [], []
+    gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
+    gate_and_experts, _ = run.shipper.ship(gate, "the gate")
+    plans: list[list[EvaluateRequest]] = []
+    held = []  # the leaves that were shipped, until they are read
     for experience, dataset in asked:
         if len(dataset) == 0:
             raise InputError(f"Experience {experience.current_experience} has no samples to evaluate; leave it out.")
-        right = right_tasks(experience, dataset, registry)
         shipped, leaves = run.shipper.ship(dataset, "the evaluation dataset")
-        mine = _plan(shipped, right, batch_size, shards, gate_and_experts)
-        requests += mine
-        counts.append(len(mine))
-        rights.append(right)
         held.append(leaves)
+        right = right_tasks(experience, dataset, registry)
+        plans.append(_plan(shipped, right, batch_size, shards, gate_and_experts))
         highest = max(highest, *(int(c) for c in dataset.targets.uniques))
-    results = iter(run.evaluate(requests))
-    return [
-        Answers([next(results) for _ in range(count)], right, highest + 1)
-        for count, right in zip(counts, rights, strict=True)
-    ]
+    results = iter(run.evaluate([request for plan in plans for request in plan]))
+    return [Answers(plan, [next(results) for _ in plan], highest + 1) for plan in plans]
 
 
 def _plan(
@@ -84,29 +78,24 @@ def _plan(
     bytes, do not depend on how many there are."""
     num_batches = -(-len(right) // batch_size)
     per_shard = -(-num_batches // num_shards) * batch_size
-    return [
-        EvaluateRequest(
-            shipped,
-            first,
-            min(first + per_shard, len(right)),
-            batch_size,
-            gate_and_experts,
-            tuple(right[first : first + per_shard]),
-        )
-        for first in range(0, len(right), per_shard)
-    ]
+    plan = []
+    for first in range(0, len(right), per_shard):
+        mine = tuple(right[first : first + per_shard])
+        plan.append(EvaluateRequest(shipped, first, first + len(mine), batch_size, gate_and_experts, mine))
+    return plan
 
 
 class Answers:
     """The workers' answers for one experience, handed out in the order of its samples."""
 
-    def __init__(self, results: Sequence[EvaluateResult], right: Sequence[int], width: int) -> None:
+    def __init__(self, plan: Sequence[EvaluateRequest], results: Sequence[EvaluateResult], width: int) -> None:
         self._results = results
         self._width = width
         self._position = 0
         columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions] for r in results]
         self._targets, tasks, confidences, predictions = (torch.cat(column) for column in zip(*columns, strict=True))
-        self._routed = RoutedBatch(tasks, torch.tensor(right), confidences, predictions)
+        right = torch.tensor([task for request in plan for task in request.right_tasks])
+        self._routed = RoutedBatch(tasks, right, confidences, predictions)
 
     def take(self, targets: Tensor) -> tuple[Tensor, RoutedBatch]:
         """Outputs (n, width) and routing of the next samples.

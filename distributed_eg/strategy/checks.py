@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,33 +14,24 @@ from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.model import ExpertGate
 
-_SGD_ONLY: Mapping[str, str] = {
-    "batch_size": "ae_train_mb_size",
-    "epochs": "ae_train_epochs",
-    "lr": "ae_lr",
-    "optimizer": "ae_optimizer",
-}
+_SGD_ONLY = {"batch_size": "ae_train_mb_size", "epochs": "ae_train_epochs", "lr": "ae_lr", "optimizer": "ae_optimizer"}
 """What only the autoencoder "sgd" reads, and its name in the strategy's signature."""
 
-_REMEMBER: Mapping[str, str] = {
-    **dict.fromkeys(
-        ("ReplayPlugin", "GSS_greedyPlugin", "GDumbPlugin", "MIRPlugin", "RARPlugin", "CoPEPlugin", "BiCPlugin"),
-        "samples of earlier tasks",
-    ),
-    **dict.fromkeys(("GEMPlugin", "AGEMPlugin"), "gradients or samples of earlier tasks"),
-    **dict.fromkeys(
-        ("EWCPlugin", "SynapticIntelligencePlugin", "MASPlugin", "RWalkPlugin"), "weights of earlier tasks"
-    ),
-    **dict.fromkeys(("LwFPlugin", "LFLPlugin", "FeatureDistillationPlugin"), "the model of the task before"),
-    **dict.fromkeys(("GenerativeReplayPlugin", "TrainGeneratorAfterExpPlugin"), "a generator of earlier samples"),
+_REMEMBER = {
+    "samples of earlier tasks": "ReplayPlugin GSS_greedyPlugin GDumbPlugin MIRPlugin RARPlugin CoPEPlugin BiCPlugin",
+    "gradients or samples of earlier tasks": "GEMPlugin AGEMPlugin",
+    "weights of earlier tasks": "EWCPlugin SynapticIntelligencePlugin MASPlugin RWalkPlugin",
+    "the model of the task before": "LwFPlugin LFLPlugin FeatureDistillationPlugin",
+    "a generator of earlier samples": "GenerativeReplayPlugin TrainGeneratorAfterExpPlugin",
 }
-"""Avalanche's plugins that remember earlier tasks, and what."""
+"""What of earlier tasks Avalanche's plugins remember, and which do."""
 
 
 def warn_of_memory(plugins: Iterable[object]) -> None:
     """Name the plugins that start empty with each expert, though they are made to remember."""
     for plugin in plugins:
-        what = next((_REMEMBER[cls.__name__] for cls in type(plugin).__mro__ if cls.__name__ in _REMEMBER), None)
+        names = {cls.__name__ for cls in type(plugin).__mro__}
+        what = next((what for what, plugins in _REMEMBER.items() if names & {*plugins.split()}), None)
         if what is not None:
             warnings.warn(
                 f"{type(plugin).__name__} keeps {what}, but each expert learns one task from its own data: it starts "
@@ -59,9 +50,8 @@ def warn_of_ignored(config: AutoencoderConfig) -> None:
 
 def takes_infinities(criterion: object) -> bool:
     """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
-    if criterion is torch.nn.functional.cross_entropy:
-        return True
-    return type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
+    is_plain = type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
+    return is_plain or criterion is torch.nn.functional.cross_entropy
 
 
 def check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:

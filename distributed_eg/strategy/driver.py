@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,52 +37,36 @@ logger = logging.getLogger(__name__)
 _UNEQUAL = 3
 
 
+@dataclass(eq=False)
 class Driver:
-    """The run behind a strategy: opened by the first ``train``, closed with the strategy.
+    """The run behind a strategy: opened by the first ``train``, closed with the strategy."""
 
-    Args:
-        strategy: its model gets gate and experts after training.
-        own_names: attributes of the strategy that no subclass gave it.
-        method: the run's numbers.
-        cluster: where to run.
-        device: where workers compute; None: the GPU that each was given, else the CPU.
-        reference: a dataset or a file of ``save_reference``; None: the first task's features give the statistics.
-        observer: told of every stage that starts or ends.
-    """
+    strategy: InitVar[Template]
+    """Its model gets gate and experts after training."""
+    own_names: frozenset[str]
+    """Attributes of the strategy that no subclass gave it."""
+    method: MethodConfig
+    cluster: ClusterConfig
+    device: str | None
+    """Where workers compute; None: the GPU that each was given, else the CPU."""
+    reference: Dataset[object] | str | Path | None
+    """A dataset or a file of ``save_reference``; None: the first task's features give the statistics."""
+    observer: Observer | None
 
-    def __init__(
-        self,
-        strategy: Template,
-        own_names: frozenset[str],
-        method: MethodConfig,
-        cluster: ClusterConfig,
-        device: str | None,
-        reference: Dataset[object] | str | Path | None,
-        observer: Observer | None,
-    ) -> None:
-        self.own_names = own_names
+    def __post_init__(self, strategy: Template) -> None:
         self.reporter = GateReporter(strategy.evaluator)
         self.fresh_metrics = pack_metrics(strategy)
         """The evaluator's metrics as they are before they have seen anything: what every expert starts with."""
+        self.run: Run | None = None
+        """None before there is one."""
         self._model: ExpertGate = strategy.model
-        self._method = method
-        self._cluster = cluster
-        self._device = device
-        self._reference = reference
-        self._observer = observer
-        self._run: Run | None = None
         self._close: weakref.finalize[[], Driver] | None = None
         self._reader: ExpertReader | None = None
 
     @property
-    def run(self) -> Run | None:
-        """The run; None before there is one."""
-        return self._run
-
-    @property
     def registry(self) -> Registry:
         """What the run's driver has seen; empty before there is a run."""
-        return Registry() if self._run is None else self._run.registry
+        return Registry() if self.run is None else self.run.registry
 
     @property
     def is_closed(self) -> bool:
@@ -90,9 +75,9 @@ class Driver:
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Registry and relatedness table; empty before there is a run."""
-        if self._run is None:
+        if self.run is None:
             return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
-        return self._run.registry.tables()
+        return self.run.registry.tables()
 
     def open(self, settings: Mapping[str, object]) -> Run:
         """The run; made at the first call, from ``settings`` beside what this driver was made with.
@@ -105,8 +90,8 @@ class Driver:
         """
         if self.is_closed:
             raise InputError("This strategy was closed; make a new one.")
-        if self._run is None:
-            model, cluster = self._model, self._cluster
+        if self.run is None:
+            model, cluster = self._model, self.cluster
             described = {
                 "arch": model.arch,
                 "custom": model.custom,
@@ -114,9 +99,9 @@ class Driver:
                 "pretrained": model.pretrained_flag,
             }
             root = Root(model.expert, model.output_layer_name, model.shape, described)
-            by_ray = cluster.engine == "ray" and (self._device is None or self._device.startswith("cuda"))
-            device = None if by_ray else self._device
-            run = Run.open(cluster, self._method, root, settings, device, self._observer)
+            by_ray = cluster.engine == "ray" and (self.device is None or self.device.startswith("cuda"))
+            device = None if by_ray else self.device
+            run = Run.open(cluster, self.method, root, settings, device, self.observer)
             if cluster.storage is None:
                 weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
             try:
@@ -125,8 +110,8 @@ class Driver:
                 run.discard()
                 raise
             self._close = weakref.finalize(self, run.close)
-            self._run = run
-        return self._run
+            self.run = run
+        return self.run
 
     def close(self) -> None:
         """End the workers, and Ray where it was started here. The model keeps its gate and its experts."""
@@ -145,7 +130,7 @@ class Driver:
 
     def reference_identity(self) -> dict[str, str | int] | str | None:
         """What the reference is recognised by; a dataset is read from a copy, for it may count what is read."""
-        reference = self._reference
+        reference = self.reference
         is_file = reference is None or isinstance(reference, str | Path)
         return reference_identity(reference if is_file else pickle.loads(cloudpickle.dumps(reference)))
 
@@ -156,10 +141,10 @@ class Driver:
             InputError: nothing is trained yet.
             StorageError: the file cannot be written.
         """
-        if self._run is None or self._run.registry.statistics is None:
+        if self.run is None or self.run.registry.statistics is None:
             raise InputError("There are no statistics to save yet: call train first.")
-        reference = Reference.of_run(self._run.storage, self._run.registry.statistics)
-        reference.save(path, self._method.autoencoder.kind)
+        reference = Reference.of_run(self.run.storage, self.run.registry.statistics)
+        reference.save(path, self.method.autoencoder.kind)
 
     def warn_of_unequal_tasks(self) -> None:
         """Say where the gate is known to be weak: a small task's subspace explains its own unseen images worse."""
@@ -180,20 +165,20 @@ class Driver:
 
     def _adopt_reference(self, run: Run) -> None:
         """Give the run its statistics, and the root its autoencoder."""
-        reference = self._reference
+        reference = self.reference
         if isinstance(reference, str | Path):
-            run.adopt_reference(Reference.load(reference, self._method.autoencoder.kind).store(run.storage))
+            run.adopt_reference(Reference.load(reference, self.method.autoencoder.kind).store(run.storage))
         elif reference is not None:
             dataset = reference.eval() if hasattr(reference, "eval") else reference
             shipped, _held = run.shipper.ship(dataset, "the reference dataset")
             run.fit_reference(shipped)
 
     def _attach(self) -> None:
-        run, model = self._run, self._model
+        run, model = self.run, self._model
         if run is not None and run.registry.manifests and run.registry.statistics is not None:
             if self._reader is None:
                 load = partial(load_tensors, run.storage)
-                self._reader = ExpertReader(load, model.expert, self._cluster.max_resident_experts, model.device)
-            gate = self._reader.gate(run.registry.gate_ref(self._method))
+                self._reader = ExpertReader(load, model.expert, self.cluster.max_resident_experts, model.device)
+            gate = self._reader.gate(run.registry.gate_ref(self.method))
             experts = run.registry.expert_refs()
-            model.attach(Predictor(gate, experts, self._reader, self._cluster.threads))
+            model.attach(Predictor(gate, experts, self._reader, self.cluster.threads))

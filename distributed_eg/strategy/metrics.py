@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +19,6 @@ from distributed_eg.strategy.avalanche_types import Metric, Plugin, Template
 Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence"]
 Level = Literal["experience", "stream"]
 _ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
-_CALLBACKS = frozenset({"before_eval", "before_eval_exp", "after_eval_iteration", "after_eval_exp", "after_eval"})
 
 
 class RoutedBatch(NamedTuple):
@@ -139,21 +138,16 @@ class GateReporter(Plugin):
         levels: tuple[Level, ...] = ("experience", "stream")
         own = [RoutingMetric(quantity, level) for quantity in _ALWAYS for level in levels]
         self._metrics = [metric for metric in own if str(metric) not in named]
+        for callback in ("before_eval", "before_eval_exp", "after_eval_iteration", "after_eval_exp", "after_eval"):
+            setattr(self, callback, partial(self._publish, callback))
 
-    def __getattribute__(self, name: str) -> object:
-        return _publisher(self, name) if name in _CALLBACKS else super().__getattribute__(name)
-
-
-def _publisher(reporter: GateReporter, callback: str) -> Callable[..., None]:
-    def publish(strategy: Template, *_: object, **__: object) -> None:
+    def _publish(self, callback: str, strategy: Template, *_: object, **__: object) -> None:
         experience = strategy.experience
         if experience is not None:
             strategy.experience = experience.logging()
         try:
-            for metric in reporter._metrics:
+            for metric in self._metrics:
                 for value in getattr(metric, callback)(strategy) or []:
                     strategy.evaluator.publish_metric_value(value)
         finally:
             strategy.experience = experience
-
-    return publish

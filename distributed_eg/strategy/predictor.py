@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,8 +51,8 @@ class Predictor:
         """The same on another device, where ``root`` is already."""
         gate, old = self.gate, self.gate.statistics
         statistics = Statistics(old.mean.to(device), old.std.to(device), old.num_samples)
-        autoencoders = {t: a.to(device) for t, a in zip(gate.tasks, gate.autoencoders, strict=True)}
-        moved = make_gate(autoencoders, statistics, gate.temp, gate.confidence_threshold)
+        autoencoders = tuple(autoencoder.to(device) for autoencoder in gate.autoencoders)
+        moved = Gate(gate.tasks, autoencoders, statistics, gate.temp, gate.confidence_threshold)
         return Predictor(moved, self.experts, self.reader.to(device, root), self.threads)
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
@@ -91,42 +91,31 @@ def take_predictor(
     tensors = {name[len(start) :]: state.pop(name).detach().clone() for name in list(state) if name.startswith(start)}
     if not tensors:
         return None
-    _require(tensors, ("settings", "statistics.mean", "statistics.std", "statistics.num_samples"))
+    tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("classes."))
+    needed = ["settings", "statistics.mean", "statistics.std", "statistics.num_samples"]
+    fields = {name.split(".", 2)[2] for name in tensors if name.startswith("autoencoders.")}
+    for task in tasks:
+        needed += [f"autoencoders.{task}.{name}" for name in fields]
+        needed += [f"experts.{task}.{name}" for name in root.state_dict()]
+    if missing := [_PREFIX + name for name in needed if name not in tensors]:
+        raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {missing[0]!r}.")
     temp, threshold, threads, linear = tensors["settings"].tolist()
     stored: AutoencoderKind = "linear" if linear else "sgd"
     if stored != kind:
         raise InputError(f"The state dict holds {stored!r} autoencoders; build ExpertGate(autoencoder={stored!r}).")
-    tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("classes."))
-    fields = {name.split(".", 2)[2] for name in tensors if name.startswith("autoencoders.")}
-    for task in tasks:
-        _require(tensors, [f"autoencoders.{task}.{name}" for name in fields])
-        _require(tensors, [f"experts.{task}.{name}" for name in root.state_dict()])
-    autoencoders = {
-        task: autoencoder_from_tensors(kind, _below(tensors, f"autoencoders.{task}.")).to(device) for task in tasks
-    }
-    num_features = tensors["statistics.mean"].numel()
-    if num_features != math.prod(feature_shape):
+    mean, std = tensors["statistics.mean"], tensors["statistics.std"]
+    if mean.numel() != math.prod(feature_shape):
         raise InputError(
-            f"The state dict was trained on {num_features} features, but the model's backbone gives "
+            f"The state dict was trained on {mean.numel()} features, but the model's backbone gives "
             f"{math.prod(feature_shape)}: build ExpertGate with the same shape=, arch= and output_layer_name=."
         )
-    statistics = Statistics(
-        tensors["statistics.mean"].to(device),
-        tensors["statistics.std"].to(device),
-        int(tensors["statistics.num_samples"]),
-    )
+    autoencoders = {task: autoencoder_from_tensors(kind, _below(tensors, f"autoencoders.{task}.")) for task in tasks}
+    statistics = Statistics(mean, std, int(tensors["statistics.num_samples"]))
     states = {task: _below(tensors, f"experts.{task}.") for task in tasks}
     experts = {task: ExpertRef(task, tuple(tensors[f"classes.{task}"].tolist())) for task in tasks}
     gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
     reader = ExpertReader(states.__getitem__, root, _IN_MEMORY, device)
-    return Predictor(gate, experts, reader, int(threads))
-
-
-def _require(tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        first = _PREFIX + missing[0]
-        raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {first!r}.")
+    return Predictor(gate, experts, reader, int(threads)).to(device, root)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -235,8 +235,8 @@ class ExpertGateStrategy(ExpertLoop):
             run = driver.open(settings)
         shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
         intake = Intake(
-            self,
-            run,
+            strategy=self,
+            run=run,
             method=self.method,
             on_repeat=self.on_repeat,
             settings=settings,

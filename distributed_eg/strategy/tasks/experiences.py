@@ -48,16 +48,20 @@ def task_labels_of(experience: CLExperience) -> list[int] | None:
     if labels is None:
         return None
     own = sorted({int(label) for label in labels})
-    everywhere = _labels_of_stream(experience)
-    return None if everywhere is not None and len(everywhere) > 1 and all(e == own for e in everywhere) else own
+    stream = getattr(experience._origin_stream, "value", experience._origin_stream)
+    if (made := getattr(stream, "_exps", None)) is not None:
+        everywhere = [getattr(other, "task_labels", None) for other in made]
+    else:  # older scenarios tell labels without making the experiences
+        definitions = getattr(getattr(stream, "benchmark", None), "stream_definitions", {})
+        everywhere = getattr(definitions.get(getattr(stream, "name", None)), "exps_task_labels", [])
+    same = all(other is not None and {int(label) for label in other} == {*own} for other in everywhere)
+    return None if len(everywhere) > 1 and same else own
 
 
 def label_of(experience: CLExperience) -> int:
     """The label of the experience's task: its only task label, or its index where it has none or several."""
     labels = task_labels_of(experience)
-    if labels is None or len(labels) != 1:
-        return int(experience.current_experience)
-    return labels[0]
+    return int(experience.current_experience) if labels is None or len(labels) != 1 else labels[0]
 
 
 @dataclass(frozen=True)
@@ -78,9 +82,9 @@ def parts_of(experience: CLExperience) -> list[Part]:
     """
     labels, info = task_labels_of(experience), info_of(experience)
     dataset = experience.dataset
+    declared = _classes(experience, dataset)
     if labels is None or len(labels) < 2:
-        return [Part(label_of(experience), dataset, _classes(experience, dataset), info)]
-    _classes(experience, dataset)
+        return [Part(label_of(experience), dataset, declared, info)]
     positions = dataset.targets_task_labels.val_to_idx
     parts = []
     for label in labels:
@@ -119,25 +123,24 @@ def info_of(experience: CLExperience) -> ExperienceInfo:
     return ExperienceInfo(int(experience.current_experience), experience.origin_stream.name, attributes)
 
 
-def validation_of(experience: CLExperience) -> LabelledDataset | None:
-    """The dataset of the experience with the same index in the benchmark's "valid" stream, where there is one."""
-    stream = experience._origin_stream
-    benchmark = getattr(experience, "benchmark", None) or getattr(stream, "benchmark", None)
-    valid = getattr(benchmark, "streams", {}).get("valid")
-    return None if valid is None else validation_in(valid, experience)
-
-
-def validation_in(stream: Iterable[CLExperience], experience: CLExperience) -> LabelledDataset:
-    """The dataset of the experience with the same index in ``stream``.
+def validation_of(experience: CLExperience, valid_stream: Iterable[CLExperience] | None) -> LabelledDataset | None:
+    """The dataset of the experience with the same index in ``valid_stream``, or, where that is None, in the benchmark's
+    own "valid" stream; None without either.
 
     Raises:
-        InputError: there is none.
+        InputError: the stream has no such experience.
     """
-    for other in stream:
-        if other.current_experience == experience.current_experience:
+    if valid_stream is None:
+        benchmark = getattr(experience, "benchmark", None) or getattr(experience._origin_stream, "benchmark", None)
+        valid_stream = getattr(benchmark, "streams", {}).get("valid")
+    index = experience.current_experience
+    for other in valid_stream or ():
+        if other.current_experience == index:
             found: LabelledDataset = other.dataset
             return found
-    raise InputError(f"The validation stream has no experience {experience.current_experience}.")
+    if valid_stream is not None:
+        raise InputError(f"The validation stream has no experience {index}.")
+    return None
 
 
 def with_label(dataset: LabelledDataset | None, label: int) -> LabelledDataset | None:
@@ -189,18 +192,3 @@ def rebuild(info: ExperienceInfo, dataset: LabelledDataset) -> WorkerExperience:
     for name, value in info.attributes.items():
         setattr(experience, name, value)
     return experience
-
-
-def _labels_of_stream(experience: CLExperience) -> list[list[int]] | None:
-    """Labels of every experience of the same stream, where they can be told without making the experiences."""
-    stream = experience._origin_stream
-    stream = getattr(stream, "value", stream)
-    made = getattr(stream, "_exps", None)
-    if made is not None:
-        labels = [getattr(other, "task_labels", None) for other in made]
-        return None if None in labels else [sorted({int(label) for label in own or []}) for own in labels]
-    definitions = getattr(getattr(stream, "benchmark", None), "stream_definitions", {})
-    definition = definitions.get(getattr(stream, "name", None))
-    if definition is None:
-        return None
-    return [sorted({int(label) for label in own}) for own in definition.exps_task_labels]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 
@@ -15,14 +16,7 @@ from distributed_eg.runtime.run import Run
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.tasks.data_identity import identity_of
-from distributed_eg.strategy.tasks.experiences import (
-    Part,
-    parts_of,
-    task_data,
-    validation_in,
-    validation_of,
-    with_label,
-)
+from distributed_eg.strategy.tasks.experiences import Part, parts_of, task_data, validation_of, with_label
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
 
@@ -55,46 +49,32 @@ def evaluation_parts(eval_streams: Streams | None) -> list[Part] | None:
     """
     if eval_streams is None:
         return None
-    return [part for experience in _flat(eval_streams) for part in parts_of(experience)]
+    streams = ((stream if isinstance(stream, Iterable) else [stream]) for stream in eval_streams)
+    return [part for experience in chain.from_iterable(streams) for part in parts_of(experience)]
 
 
+@dataclass(kw_only=True)
 class Intake:
-    """One call's source of tasks: makes each when it is asked for, and replays its log once it is committed.
+    """One call's source of tasks: makes each when it is asked for, and replays its log once it is committed."""
 
-    Args:
-        strategy: whose evaluator is told of committed tasks.
-        run: where the tasks are trained.
-        method: the run's numbers.
-        on_repeat: what a label that comes again means.
-        settings: what else the tasks are recognised by when a run is resumed.
-        experiences: the stream.
-        evaluations: what experts are measured on while they train; None: their validation parts.
-        valid_stream: validation parts by index; None: the benchmark's own, else split off.
-    """
+    strategy: Template
+    """Its evaluator is told of committed tasks."""
+    run: Run
+    method: MethodConfig
+    on_repeat: OnRepeat
+    settings: Mapping[str, object]
+    """What else tasks are recognised by when a run is resumed."""
+    experiences: Iterable[CLExperience]
+    evaluations: Sequence[Part] | None
+    """What experts are measured on while they train; None: their validation parts."""
+    valid_stream: Iterable[CLExperience] | None
+    """Validation parts by index; None: the benchmark's own, else split off."""
 
-    def __init__(
-        self,
-        strategy: Template,
-        run: Run,
-        *,
-        method: MethodConfig,
-        on_repeat: OnRepeat,
-        settings: Mapping[str, object],
-        experiences: Iterable[CLExperience],
-        evaluations: Sequence[Part] | None,
-        valid_stream: Iterable[CLExperience] | None,
-    ) -> None:
-        self._strategy = strategy
-        self._run = run
-        self._method = method
-        self._on_repeat = on_repeat
-        self._settings = settings
-        self._evaluations = evaluations
-        self._valid_stream = valid_stream
-        self._inputs = self._read(experiences)
+    def __post_init__(self) -> None:
+        self._inputs = self._read()
         # An experience, and the leaves that it ships, are held until its task is committed.
         self._held: dict[TaskId, tuple[CLExperience, object]] = {}
-        newest = run.registry.newest.values()
+        newest = self.run.registry.newest.values()
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
         self._last = -1
@@ -110,15 +90,12 @@ class Intake:
     def committed(self, manifest: TaskManifest, log: Sequence[RecordedCallback] | None) -> None:
         """Replay what its expert's training logged, through the strategy's evaluator."""
         experience, _leaves = self._held.pop(manifest.task)
-        self._strategy.experience = experience.logging()
-        replay(self._strategy, self._strategy.evaluator, KEPT if log is None else log)
+        self.strategy.experience = experience.logging()
+        replay(self.strategy, self.strategy.evaluator, KEPT if log is None else log)
 
-    def _read(self, experiences: Iterable[CLExperience]) -> Iterator[TaskInput]:
-        for experience in experiences:
-            if self._valid_stream is None:
-                validation = validation_of(experience)
-            else:
-                validation = validation_in(self._valid_stream, experience)
+    def _read(self) -> Iterator[TaskInput]:
+        for experience in self.experiences:
+            validation = validation_of(experience, self.valid_stream)
             parts = parts_of(experience)
             for part in parts:
                 valid = with_label(validation, part.label) if len(parts) > 1 else validation
@@ -126,23 +103,22 @@ class Intake:
 
     def _input(self, experience: CLExperience, part: Part, valid: LabelledDataset | None) -> TaskInput:
         before = self._versions.get(part.label, ())
-        if before and self._on_repeat == "error":
-            check_experiences([experience], self._run.registry.newest, self._on_repeat)
-        task = self._last = max(self._run.registry.number(part.label), self._last + 1)
-        continues = before[-1] if before and self._on_repeat == "continue" else None
+        if before and self.on_repeat == "error":
+            check_experiences([experience], self.run.registry.newest, self.on_repeat)
+        task = self._last = max(self.run.registry.number(part.label), self._last + 1)
+        continues = before[-1] if before and self.on_repeat == "continue" else None
         known = () if continues is None else self._classes[part.label]
         classes = tuple(sorted({*part.classes, *known}))
         versions = (*before, task)
         self._versions[part.label], self._classes[part.label] = versions, classes
-        measured = None
-        if self._evaluations is not None:
-            measured = [other for other in self._evaluations if other.label == part.label]
+        given = self.evaluations
+        measured = None if given is None else [other for other in given if other.label == part.label]
         data = task_data(
-            part, task, self._method.seed, self._method.validation_fraction, valid=valid, evaluations=measured
+            part, task, self.method.seed, self.method.validation_fraction, valid=valid, evaluations=measured
         )
-        shipped, leaves = self._run.shipper.ship(data, f"the dataset of experience {part.info.index}")
+        shipped, leaves = self.run.shipper.ship(data, f"the dataset of experience {part.info.index}")
         self._held[task] = (experience, leaves)
-        identity = {**self._settings, "data": self._identity(part.dataset)}
+        identity = {**self.settings, "data": self._identity(part.dataset)}
         if valid is not None:
             identity["validation"] = self._identity(valid)
         if measured is not None:  # plugins may act on what is measured: early stopping does
@@ -152,10 +128,5 @@ class Intake:
 
     def _identity(self, dataset: object) -> dict[str, str | int]:
         """What ``dataset`` is recognised by, read from a copy: the caller's may count what is read, or draw."""
-        copy = self._run.shipper.copy(dataset, "a dataset")
+        copy = self.run.shipper.copy(dataset, "a dataset")
         return identity_of(copy.eval() if hasattr(copy, "eval") else copy)
-
-
-def _flat(streams: Iterable[Any]) -> Iterator[CLExperience]:
-    for stream in streams:
-        yield from stream if isinstance(stream, Iterable) else [stream]

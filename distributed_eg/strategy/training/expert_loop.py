@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
@@ -31,8 +31,10 @@ class ExpertLoop(Template):
         weight = getattr(self._criterion, "weight", None)
         if isinstance(weight, Tensor):
             model.width = max(model.width, len(weight))
-        streams = _group_by_stream(evaluations) if self.eval_every > -1 else []
-        super().train([experience], eval_streams=streams, **loader_args)
+        streams: dict[str, list[CLExperience]] = {}  # together, as ``eval`` wants them
+        for measured in evaluations if self.eval_every > -1 else ():
+            streams.setdefault(measured.origin_stream.name, []).append(measured)
+        super().train([experience], eval_streams=list(streams.values()), **loader_args)
 
     def _train_exp(self, experience: CLExperience, eval_streams: object = None, **kwargs: object) -> None:
         """Avalanche's loop over the epochs, from where a checkpoint left off; on a worker only."""
@@ -60,11 +62,3 @@ class ExpertLoop(Template):
         else:
             loss = super().criterion()
         return checks.one_number(loss)
-
-
-def _group_by_stream(experiences: Iterable[CLExperience]) -> list[list[CLExperience]]:
-    """Experiences of one stream together, as ``eval`` wants them."""
-    groups: dict[str, list[CLExperience]] = {}
-    for experience in experiences:
-        groups.setdefault(experience.origin_stream.name, []).append(experience)
-    return list(groups.values())

@@ -10,7 +10,7 @@ import io
 import pickle
 import threading
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,7 +28,12 @@ from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.recording import RecordingLogger
 
 FreshMetrics: TypeAlias = Sequence[tuple[Metric, bytes | None]]
-_LOCKS = (type(threading.Lock()), type(threading.RLock()))
+
+_MADE_ANEW: Mapping[type, Callable[[], object]] = {
+    type(threading.Lock()): threading.Lock,
+    type(threading.RLock()): threading.RLock,
+    psutil.Process: psutil.Process,
+}
 
 
 @dataclass(frozen=True)
@@ -84,22 +89,12 @@ def unpack(
     cls = pickle.loads(packed.cls)
     strategy: ExpertLoop = cls.__new__(cls)
     own: dict[str, object] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
-    metrics: list[Metric | None] = [None if metric is None else _load(metric, own, expert) for metric in packed.metrics]
+    metrics = [None if metric is None else _Unpickler(metric, own, expert).load() for metric in packed.metrics]
     recorder = RecordingLogger(metrics)
     travelled = [metric for metric in metrics if metric is not None]
     own["evaluator"] = EvaluationPlugin(*travelled, loggers=[recorder], collect_all=packed.collect_all)
-    vars(strategy).update(_load(packed.state, own, expert))
+    vars(strategy).update(_Unpickler(packed.state, own, expert).load())
     return strategy, recorder
-
-
-def _dump(value: object, strategy: Template, pickler: type[_Pickler] | None = None) -> bytes:
-    buffer = io.BytesIO()
-    (pickler or _Pickler)(buffer, strategy).dump(value)
-    return buffer.getvalue()
-
-
-def _load(data: bytes, own: Mapping[str, object], expert: nn.Module) -> Any:
-    return _Unpickler(io.BytesIO(data), own, expert).load()
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -125,20 +120,19 @@ class _MetricPickler(_Pickler):
     """A metric that measures in a thread holds a lock and its process: on the worker it gets new ones."""
 
     def reducer_override(self, obj: object) -> Any:
-        if isinstance(obj, _LOCKS):
-            return _new_lock, (type(obj) is _LOCKS[0],)
-        if isinstance(obj, psutil.Process):
-            return psutil.Process, ()
-        return super().reducer_override(obj)
+        make = _MADE_ANEW.get(type(obj))
+        return super().reducer_override(obj) if make is None else (make, ())
 
 
-def _new_lock(plain: bool) -> object:
-    return threading.Lock() if plain else threading.RLock()
+def _dump(value: object, strategy: Template, pickler: type[_Pickler] = _Pickler) -> bytes:
+    buffer = io.BytesIO()
+    pickler(buffer, strategy).dump(value)
+    return buffer.getvalue()
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, own: Mapping[str, object], expert: nn.Module) -> None:
-        super().__init__(buffer)
+    def __init__(self, data: bytes, own: Mapping[str, object], expert: nn.Module) -> None:
+        super().__init__(io.BytesIO(data))
         self._own = own
         self._expert = expert
 
@@ -152,25 +146,19 @@ class _Unpickler(pickle.Unpickler):
 def _why_it_cannot_travel(strategy: Template, state: Mapping[str, object], error: Exception) -> str:
     """Which plugin, or which attribute of the strategy, stopped the pickle."""
     plugins: Sequence[object] = strategy.plugins  # Avalanche's evaluator is one of them, but no BasePlugin
-    for plugin in plugins:
-        for name, value in getattr(plugin, "__dict__", {}).items():
-            if plugin is not strategy.evaluator and not _can_travel(value, strategy):
+    owners = [
+        (f"plugin {type(plugin).__name__}", getattr(plugin, "__dict__", {}), " Make it in before_training instead.")
+        for plugin in plugins
+        if plugin is not strategy.evaluator
+    ]
+    owners.append((f"strategy {type(strategy).__name__}", {n: v for n, v in state.items() if n != "plugins"}, ""))
+    for owner, attributes, remedy in owners:
+        for name, value in attributes.items():
+            try:
+                _dump(value, strategy)
+            except PICKLE_ERRORS:
                 return (
-                    f"The plugin {type(plugin).__name__} cannot travel to a worker: its attribute {name!r} "
-                    f"({type(value).__name__}) cannot be pickled: {error}. Make it in before_training instead."
+                    f"The {owner} cannot travel to a worker: its attribute {name!r} ({type(value).__name__}) cannot be "
+                    f"pickled: {error}.{remedy}"
                 )
-    for name, value in state.items():
-        if name != "plugins" and not _can_travel(value, strategy):
-            return (
-                f"The strategy {type(strategy).__name__} cannot travel to a worker: its attribute {name!r} "
-                f"({type(value).__name__}) cannot be pickled: {error}."
-            )
     return f"The strategy {type(strategy).__name__} cannot travel to a worker: {error}."
-
-
-def _can_travel(value: object, strategy: Template) -> bool:
-    try:
-        _dump(value, strategy)
-    except PICKLE_ERRORS:
-        return False
-    return True

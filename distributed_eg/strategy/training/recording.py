@@ -11,11 +11,11 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from distributed_eg.strategy.avalanche_types import Template
 
+_TASK_LEVEL = ("before_training", "before_training_exp", "after_training_exp", "after_training")
 # Loggers and the clock act on these even where no metric speaks.
 _LEVELS = ("training", "training_exp", "training_epoch", "eval", "eval_exp")
 _ALWAYS = {f"{when}_{level}" for when in ("before", "after") for level in _LEVELS}
 _ALWAYS |= {"after_training_iteration", "after_eval_iteration"}
-_TASK_LEVEL = ("before_training", "before_training_exp", "after_training_exp", "after_training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +48,23 @@ class RecordingLogger(BaseLogger):
     def __init__(self, metrics: Sequence[object]) -> None:
         super().__init__()
         self.records: list[RecordedCallback] = []
-        self._positions = {id(metric): position for position, metric in enumerate(metrics)}
+        self.positions = {id(metric): position for position, metric in enumerate(metrics)}
 
     def log_single_metric(self, name: str, value: object, x_plot: int) -> None:
         """Nothing: values come with their callback."""
 
     def __getattribute__(self, name: str) -> object:
-        if not name.startswith(("before_", "after_")):
-            return super().__getattribute__(name)
-        return _recorder(self, name)
+        is_callback = name.startswith(("before_", "after_"))
+        return _recorder(self, name) if is_callback else super().__getattribute__(name)
 
 
 def _recorder(logger: RecordingLogger, callback: str) -> Callable[..., None]:
     def record(strategy: Template, values: Sequence[MetricValue], **_: object) -> None:
-        if not values and callback not in _ALWAYS:
-            return
-        positions = logger._positions
-        kept = tuple(RecordedValue(positions.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
-        loader = strategy.dataloader
-        logger.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
+        if values or callback in _ALWAYS:
+            of = logger.positions
+            kept = tuple(RecordedValue(of.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
+            loader = strategy.dataloader
+            logger.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
 
     return record
 

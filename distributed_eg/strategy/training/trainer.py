@@ -6,7 +6,6 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from avalanche.training.plugins.clock import Clock
@@ -123,10 +122,8 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
     if job.teacher is None:
         return None
     head = next(job.network.get_submodule(find_head(job.network)).parameters())
-    method = job.method
-    distillation = Distillation(
-        job.network, job.teacher, weight=method.distillation_weight, temp=method.distillation_temp
-    )
+    weight, temp = job.method.distillation_weight, job.method.distillation_temp
+    distillation = Distillation(job.network, job.teacher, weight=weight, temp=temp)
     groups = optimizer.param_groups
     group = next((g for g in groups if any(p is head for p in g["params"])), groups[0])
     group["params"].extend(distillation.parameters())
@@ -134,33 +131,27 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
 
 
 def _hook_error(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
-    who = _raised_by(error)
     note = ""
     if resumed_after:
         path = task_file(job.task, "checkpoint")
         note = f"It went on from its checkpoint after {resumed_after} epochs; if that is why, delete {path!r}.\n"
     return HookError(
-        f"Training the expert of task {job.task} (label {job.label}) failed"
-        f"{'' if who is None else f' in {who}'}: {type(error).__name__}: {error}\n{note}{traceback.format_exc()}"
+        f"Training the expert of task {job.task} (label {job.label}) failed{_raised_by(error)}: "
+        f"{type(error).__name__}: {error}\n{note}{traceback.format_exc()}"
     )
 
 
-def _raised_by(error: BaseException) -> str | None:
-    """Whose mistake it is, such as "the plugin X in before_forward", from the frames of Avalanche's own dispatch; None
-    without one."""
-    found: str | None = None
+def _raised_by(error: BaseException) -> str:
+    """Whose mistake it is, such as " in the plugin X in before_forward", from the innermost frame of Avalanche's own
+    dispatch; empty without one."""
+    found = ""
     for frame, _line in traceback.walk_tb(error.__traceback__):
-        found = _callback_of(frame) or found
+        name, local = frame.f_code.co_name, frame.f_locals
+        if name == "trigger_plugins" and {"p", "event"} <= local.keys():
+            found = f" in the plugin {type(local['p']).__name__} in {local['event']}"
+        elif name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
+            found = f" in the metric {local['metric']} in {local['callback']}"
     return found
-
-
-def _callback_of(frame: FrameType) -> str | None:
-    name, local = frame.f_code.co_name, frame.f_locals
-    if name == "trigger_plugins" and {"p", "event"} <= local.keys():
-        return f"the plugin {type(local['p']).__name__} in {local['event']}"
-    if name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
-        return f"the metric {local['metric']} in {local['callback']}"
-    return None
 
 
 def _require_finite(job: ExpertJob) -> None:

@@ -16,6 +16,7 @@ from distributed_eg.runtime.worker.worker import TaskWorker
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.tasks.experiences import parts_of, task_data
+from distributed_eg.strategy.tasks.intake import Intake
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.trainer import StrategyTrainer
 
@@ -64,6 +65,21 @@ def trainer_of(strategy: ExpertGateStrategy, loader_args: dict[str, Any] | None 
 def shipped_trainer_of(strategy: ExpertGateStrategy) -> Shipped:
     """The same, as the strategy's run ships it."""
     return run_of(strategy).shipper.ship(trainer_of(strategy), "the trainer")[0]
+
+
+def intake_of(strategy: ExpertGateStrategy, experiences: Any) -> Any:
+    """What reads a stream for the strategy's run, which is opened."""
+    run = strategy._driver.open({})
+    return Intake(
+        strategy=strategy,
+        run=run,
+        method=strategy.method,
+        on_repeat=strategy.on_repeat,
+        settings={},
+        experiences=experiences,
+        evaluations=None,
+        valid_stream=None,
+    )
 
 
 def task_input(

@@ -12,10 +12,11 @@ from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from torch.utils.data import TensorDataset
 
 from distributed_eg import ExpertGate, ExpertGateStrategy
+from distributed_eg.errors import InputError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import SHAPE, hashes, task_images, tiny_net, tiny_strategy
-from tests.inside import registry_of
+from tests.inside import intake_of, registry_of
 
 
 def stream(*steps: tuple[int, int, int, tuple[int, ...]]) -> Any:
@@ -120,9 +121,16 @@ def test_a_new_expert_starts_as_a_new_task_does() -> None:
 
 
 def test_a_repeat_inside_a_refused_stream_is_found_before_any_work() -> None:
-    from distributed_eg.errors import InputError
-
     with tiny_strategy(on_repeat="error") as strategy:
         with pytest.raises(InputError, match="Label 7 was trained already, in the same stream"):
             strategy.train(stream(*STEPS).train_stream)
         assert strategy.run_dir is None
+
+
+def test_a_repeat_in_a_refused_generator_is_found_before_its_first_task_is_sealed() -> None:
+    """Where workers are busy, the stream is read ahead of what they trained."""
+    with tiny_strategy(on_repeat="error") as strategy:
+        intake = intake_of(strategy, iter(stream(*STEPS).train_stream))
+        assert [intake.next_task().record.label for _ in range(2)] == [7, 3]
+        with pytest.raises(InputError, match="Label 7 was trained already, as task 0"):
+            intake.next_task()

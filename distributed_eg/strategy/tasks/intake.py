@@ -34,10 +34,7 @@ def check_experiences(
     known = {manifest.label: f"as task {task}" for task, manifest in sealed.items()}
     for part in (part for experience in experiences for part in parts_of(experience)):
         if part.label in known and on_repeat == "error":
-            raise InputError(
-                f"Label {part.label} was trained already, {known[part.label]}, and on_repeat='error' refuses it; "
-                "on_repeat='continue' goes on with its expert."
-            )
+            raise _repeated(part.label, known[part.label])
         known[part.label] = "in the same stream"
 
 
@@ -104,7 +101,7 @@ class Intake:
     def _input(self, experience: CLExperience, part: Part, valid: LabelledDataset | None) -> TaskInput:
         before = self._versions.get(part.label, ())
         if before and self.on_repeat == "error":
-            check_experiences([experience], self.run.registry.newest, self.on_repeat)
+            raise _repeated(part.label, f"as task {before[0]}")
         task = self._last = max(self.run.registry.number(part.label), self._last + 1)
         continues = before[-1] if before and self.on_repeat == "continue" else None
         known = () if continues is None else self._classes[part.label]
@@ -130,3 +127,10 @@ class Intake:
         """What ``dataset`` is recognised by, read from a copy: the caller's may count what is read, or draw."""
         copy = self.run.shipper.copy(dataset, "a dataset")
         return identity_of(copy.eval() if hasattr(copy, "eval") else copy)
+
+
+def _repeated(label: int, where: str) -> InputError:
+    return InputError(
+        f"Label {label} was trained already, {where}, and on_repeat='error' refuses it; on_repeat='continue' goes on "
+        "with its expert."
+    )

@@ -24,6 +24,10 @@ class Statistics:
     std: Tensor
     num_samples: int
 
+    def to(self, device: torch.device) -> Statistics:
+        """The same on another device."""
+        return Statistics(self.mean.to(device), self.std.to(device), self.num_samples)
+
 
 def compute_statistics(blocks: Iterable[Tensor]) -> Statistics:
     """Statistics over all rows of ``blocks``, each (rows, num_features), in one streaming pass.

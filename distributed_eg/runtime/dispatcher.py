@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from distributed_eg.errors import ExpertGateError, StorageError, TaskFailedError
@@ -36,36 +37,22 @@ class TaskSource(Protocol):
         driver trained it."""
 
 
+@dataclass(eq=False)
 class Dispatcher:
-    """One call of ``Run.train``: what is in flight, and what came of it.
+    """One call of ``Run.train``: what is in flight, and what came of it."""
 
-    Args:
-        engine: where requests run.
-        storage: the run directory.
-        recorded: what earlier drivers left there, for tasks that have not arrived again yet.
-        registry: what this driver has seen; every record goes here, too.
-        source: the stream's tasks.
-        trainer: trains experts on workers.
-        observer: told of every stage that starts or ends.
-    """
+    engine: Engine
+    storage: Storage
+    recorded: Registry
+    """What earlier drivers left there, for tasks that have not arrived again yet."""
+    registry: Registry
+    """What this driver has seen; every record goes here, too."""
+    source: TaskSource
+    trainer: Shipped
+    """Trains experts on workers."""
+    observer: Observer | None
 
-    def __init__(
-        self,
-        engine: Engine,
-        storage: Storage,
-        recorded: Registry,
-        registry: Registry,
-        source: TaskSource,
-        trainer: Shipped,
-        observer: Observer | None,
-    ) -> None:
-        self._engine = engine
-        self._storage = storage
-        self._recorded = recorded
-        self._registry = registry
-        self._source = source
-        self._trainer = trainer
-        self._observer = observer
+    def __post_init__(self) -> None:
         self._tasks: dict[TaskId, TaskInput] = {}
         self._workers_of: dict[TaskId, set[str]] = {}
         self._timings: dict[TaskId, list[StageTiming]] = {}
@@ -81,10 +68,10 @@ class Dispatcher:
             Exception: what the source raised, once everything that it gave before is done.
         """
         loop: Loop[Done] = Loop(machine, self)
-        for worker in self._engine.workers():
+        for worker in self.engine.workers():
             loop.tell(worker)
         while not machine.done:
-            for report in self._engine.wait():
+            for report in self.engine.wait():
                 self._take(report, loop)
         if self._source_error is not None:
             for task, failure in sorted(self._failures.items()):
@@ -114,7 +101,7 @@ class Dispatcher:
     def pull(self) -> TaskArrived | None:
         """The stream's next task; whatever the source raises, what runs is finished and recorded first."""
         try:
-            task_input = self._source.next_task()
+            task_input = self.source.next_task()
             return None if task_input is None else self._arrive(task_input)
         except Exception as error:
             self._source_error = error
@@ -124,7 +111,7 @@ class Dispatcher:
         """Begin a stage."""
         self._workers_of.setdefault(run.task, set()).add(run.worker)
         self._tell(run.task, run.stage, "started", run.worker)
-        self._engine.submit(run.attempt, run.worker, self._request(run))
+        self.engine.submit(run.attempt, run.worker, self._request(run))
 
     def record(self, run: RunStage, result: Done) -> TaskId | None:
         """Seal what a stage left."""
@@ -139,7 +126,7 @@ class Dispatcher:
 
     def commit(self, task: TaskId) -> None:
         """Tell the source; the task's data are not needed any more."""
-        self._source.committed(self._registry.manifests[task], self._logs.pop(task, None))
+        self.source.committed(self.registry.manifests[task], self._logs.pop(task, None))
         del self._tasks[task]
 
     def give_up(self, failure: ReportFailure) -> None:
@@ -150,17 +137,17 @@ class Dispatcher:
     # How it is done
 
     def _record(self, record: Record) -> None:
-        self._engine.coordinator.record(record)
-        self._registry.add(record)
+        self.engine.coordinator.record(record)
+        self.registry.add(record)
 
     def _arrive(self, task_input: TaskInput) -> TaskArrived:
         """Take a task in, with what an earlier driver left of it; note what it is before anything is done for it."""
         record, task = task_input.record, task_input.record.task
-        done = take_up(self._storage, self._recorded, self._registry, record)
-        known = self._recorded.arrivals.get(task)
+        done = take_up(self.storage, self.recorded, self.registry, record)
+        known = self.recorded.arrivals.get(task)
         # A sealed task's record stays as it is, where an earlier version of this package described the data otherwise.
-        if known is not None and (known == record or task in self._recorded.manifests):
-            self._registry.add(known)
+        if known is not None and (known == record or task in self.recorded.manifests):
+            self.registry.add(known)
         else:
             self._record(record)
         self._tasks[task] = task_input
@@ -168,21 +155,21 @@ class Dispatcher:
             self._tell(task, stage, "kept", "")
         if Stage.EXPERT in done:  # its driver may have ended before it did this
             self._delete_checkpoint(task)
-            if task not in self._registry.timings:  # damaged, and not to be had again
+            if task not in self.registry.timings:  # damaged, and not to be had again
                 self._record(TaskTimings(task, ()))
-        noted = self._registry.timings.get(task, TaskTimings(task, ()))
+        noted = self.registry.timings.get(task, TaskTimings(task, ()))
         self._timings[task] = [timing for timing in noted.stages if Stage(timing.stage) in done]
-        parent = self._registry.relatedness[task].choice.parent if Stage.RELATE in done else None
+        parent = self.registry.relatedness[task].choice.parent if Stage.RELATE in done else None
         return TaskArrived(task, record.continues, done, parent)
 
     def _request(self, run: RunStage) -> Request:
-        task_input, registry = self._tasks[run.task], self._registry
+        task_input, registry = self._tasks[run.task], self.registry
         if run.stage is Stage.FEATURES:
             return messages.FeaturesRequest(task_input, run.with_statistics)
         if run.stage is Stage.EXPERT:
             choice = registry.relatedness[run.task].choice
             parent = None if choice.parent is None else registry.expert_ref(choice.parent)
-            return messages.ExpertRequest(task_input, choice, parent, self._trainer)
+            return messages.ExpertRequest(task_input, choice, parent, self.trainer)
         assert registry.statistics is not None
         if run.stage is Stage.AUTOENCODER:
             before = task_input.record.continues
@@ -196,7 +183,7 @@ class Dispatcher:
         that precedes this one in the stream, whatever has finished since."""
         if task_input.record.continues is not None:
             return ()
-        registry = self._registry
+        registry = self.registry
         newest: dict[TaskId, TaskId] = {}
         for task in sorted(registry.autoencoders):
             # An autoencoder that an earlier, failed call left behind has no expert to start from.
@@ -207,7 +194,7 @@ class Dispatcher:
         return ((None, root), *earlier) if root is not None else tuple(earlier)
 
     def _seal(self, task: TaskId, result: ExpertResult) -> None:
-        registry, arrived = self._registry, self._tasks[task].record
+        registry, arrived = self.registry, self._tasks[task].record
         relatedness = registry.relatedness[task]
         manifest = TaskManifest(
             task=task,
@@ -225,27 +212,27 @@ class Dispatcher:
         self._record(manifest)
         self._logs[task] = result.log
         self._delete_checkpoint(task)
-        if len({worker.node for worker in self._engine.workers()}) > 1:
+        if len({worker.node for worker in self.engine.workers()}) > 1:
             self._drop_features(task)
 
     def _drop_features(self, task: TaskId) -> None:
         """Remove what a task's stages may have left on any node that they ran on."""
         used = self._workers_of.pop(task, set())
-        workers = {w.node: w.worker for w in self._engine.workers() if w.worker in used}
+        workers = {w.node: w.worker for w in self.engine.workers() if w.worker in used}
         for worker in workers.values():
-            self._engine.submit(None, worker, messages.DropRequest(self._tasks[task].key))
+            self.engine.submit(None, worker, messages.DropRequest(self._tasks[task].key))
 
     def _delete_checkpoint(self, task: TaskId) -> None:
         try:
-            delete_checkpoint(self._storage, task)
+            delete_checkpoint(self.storage, task)
         except StorageError as error:
             logger.warning("The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s", task, error)
 
     def _tell(self, task: TaskId, stage: Stage, state: State, worker: str, seconds: float = 0.0) -> None:
         label = self._tasks[task].record.label
         logger.debug("Task %d (label %d): %s %s %s", task, label, stage.value, state, worker)
-        if self._observer is not None:
-            self._observer(Progress(task, label, stage, state, worker, seconds))
+        if self.observer is not None:
+            self.observer(Progress(task, label, stage, state, worker, seconds))
 
     def _error(self, machine: Machine) -> ExpertGateError:
         """What to raise for the tasks that failed."""

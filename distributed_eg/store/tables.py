@@ -13,33 +13,19 @@ from distributed_eg.store.records import RelatednessRecord, TaskManifest, TaskTi
 from distributed_eg.store.storage import Storage
 from distributed_eg.types import TaskId
 
-REGISTRY_SCHEMA = pa.schema(
-    [
-        pa.field("task", pa.int64(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("parent", pa.int64()),
-        pa.field("transfer", pa.string(), nullable=False),
-        pa.field("num_classes", pa.int64(), nullable=False),
-        pa.field("autoencoder_sha256", pa.string(), nullable=False),
-        pa.field("expert_sha256", pa.string(), nullable=False),
-        pa.field("train_s", pa.float64(), nullable=False),
-        pa.field("worker", pa.string()),
-    ]
-)
 
-RELATEDNESS_SCHEMA = pa.schema(
-    [
-        pa.field("task", pa.int64(), nullable=False),
-        pa.field("label", pa.int64(), nullable=False),
-        pa.field("candidate", pa.int64()),
-        pa.field("error", pa.float64(), nullable=False),
-        pa.field("own_error", pa.float64(), nullable=False),
-        pa.field("variance", pa.float64(), nullable=False),
-        pa.field("unit", pa.string(), nullable=False),
-        pa.field("relatedness", pa.float64(), nullable=False),
-        pa.field("chosen", pa.bool_(), nullable=False),
-        pa.field("transfer", pa.string()),
-    ]
+def _schema(**columns: str) -> pa.Schema:
+    """Columns by their Arrow types; a type with a question mark may be null."""
+    return pa.schema([pa.field(n, pa.type_for_alias(kind.rstrip("?")), kind[-1] == "?") for n, kind in columns.items()])
+
+
+REGISTRY_SCHEMA = _schema(
+    **{"task": "int64", "label": "int64", "parent": "int64?", "transfer": "string", "num_classes": "int64"},
+    **{"autoencoder_sha256": "string", "expert_sha256": "string", "train_s": "float64", "worker": "string?"},
+)
+RELATEDNESS_SCHEMA = _schema(
+    **{"task": "int64", "label": "int64", "candidate": "int64?", "error": "float64", "own_error": "float64"},
+    **{"variance": "float64", "unit": "string", "relatedness": "float64", "chosen": "bool", "transfer": "string?"},
 )
 
 

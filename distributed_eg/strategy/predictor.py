@@ -49,10 +49,9 @@ class Predictor:
 
     def to(self, device: torch.device, root: nn.Module) -> Predictor:
         """The same on another device, where ``root`` is already."""
-        gate, old = self.gate, self.gate.statistics
-        statistics = Statistics(old.mean.to(device), old.std.to(device), old.num_samples)
+        gate = self.gate
         autoencoders = tuple(autoencoder.to(device) for autoencoder in gate.autoencoders)
-        moved = Gate(gate.tasks, autoencoders, statistics, gate.temp, gate.confidence_threshold)
+        moved = Gate(gate.tasks, autoencoders, gate.statistics.to(device), gate.temp, gate.confidence_threshold)
         return Predictor(moved, self.experts, self.reader.to(device, root), self.threads)
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:

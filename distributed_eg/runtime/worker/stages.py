@@ -14,7 +14,7 @@ from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, rela
 from distributed_eg.method.expert import continue_expert, derive_expert
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
-from distributed_eg.method.standardize import Statistics, compute_statistics
+from distributed_eg.method.standardize import compute_statistics
 from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExperts, TaskData
@@ -61,10 +61,7 @@ def fit_reference(context: WorkerContext, request: messages.ReferenceRequest) ->
     path = context.scratch_file("reference", "train")
     batches = (context.features(images, "the reference dataset") for images, _ in context.batches(dataset))
     write_features(path, batches)
-    statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS))
-    statistics = Statistics(
-        statistics.mean.to(context.device), statistics.std.to(context.device), statistics.num_samples
-    )
+    statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS)).to(context.device)
     method = context.setup.method
     seed = derive_seed(method.seed, _ROOT_TASK, "autoencoder")
     autoencoder = fit_autoencoder(method.autoencoder, FeatureFile(path, statistics, context.device), seed)

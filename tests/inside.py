@@ -70,16 +70,7 @@ def shipped_trainer_of(strategy: ExpertGateStrategy) -> Shipped:
 def intake_of(strategy: ExpertGateStrategy, experiences: Any) -> Any:
     """What reads a stream for the strategy's run, which is opened."""
     run = strategy._driver.open({})
-    return Intake(
-        strategy=strategy,
-        run=run,
-        method=strategy.method,
-        on_repeat=strategy.on_repeat,
-        settings={},
-        experiences=experiences,
-        evaluations=None,
-        valid_stream=None,
-    )
+    return Intake(strategy, run, strategy.method, strategy.on_repeat, {}, experiences, None, None)
 
 
 def task_input(

@@ -19,8 +19,6 @@ from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
 from distributed_eg.strategy.tasks.experiences import label_of, task_labels_of
 
-_UNKNOWN = -1
-
 
 def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:
     """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it."""
@@ -29,9 +27,8 @@ def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Re
         of_sample = [int(label) for label in dataset.targets_task_labels]
     else:
         of_sample = [label_of(experience)] * len(dataset)
-    manifests = {label: registry.of_label(label) for label in set(of_sample)}
-    tasks = {label: _UNKNOWN if known is None else known.versions[0] for label, known in manifests.items()}
-    return [tasks[label] for label in of_sample]
+    tasks = {manifest.label: task for task, manifest in registry.newest.items()}
+    return [tasks.get(label, -1) for label in of_sample]
 
 
 def adapt(
@@ -43,8 +40,7 @@ def adapt(
         strategy.eval_dataset_adaptation(**loader_args)
         dataset: LabelledDataset = strategy.adapted_dataset  # type: ignore[assignment]  # Avalanche knows it less well
         adapted.append((strategy.experience, dataset))
-    strategy.experience = None
-    strategy.adapted_dataset = None
+    strategy.experience = strategy.adapted_dataset = None
     return adapted
 
 

@@ -31,7 +31,7 @@ def warn_of_memory(plugins: Iterable[object]) -> None:
     """Name the plugins that start empty with each expert, though they are made to remember."""
     for plugin in plugins:
         names = {cls.__name__ for cls in type(plugin).__mro__}
-        what = next((what for what, plugins in _REMEMBER.items() if names & {*plugins.split()}), None)
+        what = next((memory for memory, keepers in _REMEMBER.items() if names & {*keepers.split()}), None)
         if what is not None:
             warnings.warn(
                 f"{type(plugin).__name__} keeps {what}, but each expert learns one task from its own data: it starts "

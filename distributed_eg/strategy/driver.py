@@ -92,12 +92,8 @@ class Driver:
             raise InputError("This strategy was closed; make a new one.")
         if self.run is None:
             model, cluster = self._model, self.cluster
-            described = {
-                "arch": model.arch,
-                "custom": model.custom,
-                "weights": model.weights,
-                "pretrained": model.pretrained_flag,
-            }
+            described = {"arch": model.arch, "custom": model.custom, "weights": model.weights}
+            described |= {"pretrained": model.pretrained_flag}
             root = Root(model.expert, model.output_layer_name, model.shape, described)
             by_ray = cluster.engine == "ray" and (self.device is None or self.device.startswith("cuda"))
             device = None if by_ray else self.device
@@ -130,9 +126,7 @@ class Driver:
 
     def reference_identity(self) -> dict[str, str | int] | str | None:
         """What the reference is recognised by; a dataset is read from a copy, for it may count what is read."""
-        reference = self.reference
-        is_file = reference is None or isinstance(reference, str | Path)
-        return reference_identity(reference if is_file else pickle.loads(cloudpickle.dumps(reference)))
+        return reference_identity(pickle.loads(cloudpickle.dumps(self.reference)))
 
     def save_reference(self, path: str | Path) -> None:
         """Write the run's statistics, and the root's autoencoder where it has one, for another run.
@@ -157,10 +151,7 @@ class Driver:
             logger.warning(
                 "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
                 "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
-                smallest,
-                sizes[smallest],
-                largest,
-                sizes[largest],
+                *(smallest, sizes[smallest], largest, sizes[largest]),
             )
 
     def _adopt_reference(self, run: Run) -> None:

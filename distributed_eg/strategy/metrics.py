@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from avalanche.evaluation.metric_definitions import GenericPluginMetric, PluginMetric
@@ -122,9 +122,8 @@ def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[Metric
     into your own ``EvaluationPlugin`` to have all of them, where you want them.
     """
     asked: dict[Level, bool] = {"experience": experience, "stream": stream}
-    quantities: tuple[Quantity, ...] = (*_ALWAYS, "Gate_Confidence")
     levels = [level for level, wanted in asked.items() if wanted]
-    metrics: list[Metric] = [RoutingMetric(quantity, level) for quantity in quantities for level in levels]
+    metrics: list[Metric] = [RoutingMetric(quantity, level) for quantity in get_args(Quantity) for level in levels]
     return [*metrics, GateConfusionMatrix()] if stream else metrics
 
 
@@ -135,8 +134,7 @@ class GateReporter(Plugin):
     def __init__(self, evaluator: EvaluationPlugin) -> None:
         super().__init__()
         named = {str(metric) for metric in evaluator.metrics}
-        levels: tuple[Level, ...] = ("experience", "stream")
-        own = [RoutingMetric(quantity, level) for quantity in _ALWAYS for level in levels]
+        own = [RoutingMetric(quantity, level) for quantity in _ALWAYS for level in get_args(Level)]
         self._metrics = [metric for metric in own if str(metric) not in named]
         for callback in ("before_eval", "before_eval_exp", "after_eval_iteration", "after_eval_exp", "after_eval"):
             setattr(self, callback, partial(self._publish, callback))

@@ -74,9 +74,7 @@ class ExpertGate(nn.Module):
         self.seed = seed
         self.device = torch.device(device or "cpu")
         if isinstance(arch, str):
-            root = build_network(
-                arch, pretrained=pretrained_flag, weights=weights, seed=seed, image_size=int(self.shape[1])
-            )
+            root = build_network(arch, pretrained=pretrained_flag, weights=weights, seed=seed, image_size=self.shape[1])
         else:
             root = arch.eval()
         layers = dict(root.named_modules())

@@ -169,10 +169,8 @@ class ExpertGateStrategy(ExpertLoop):
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
         own_names = frozenset(vars(self)) - before
-        asked_device = None if device is None else str(device)
-        self._driver = Driver(
-            self, own_names, self.method, cluster or ClusterConfig(), asked_device, reference, observer
-        )
+        asked = None if device is None else str(device)
+        self._driver = Driver(self, own_names, self.method, cluster or ClusterConfig(), asked, reference, observer)
 
     @property
     def registry(self) -> pa.Table:
@@ -234,16 +232,7 @@ class ExpertGateStrategy(ExpertLoop):
         with terminable():
             run = driver.open(settings)
         shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
-        intake = Intake(
-            strategy=self,
-            run=run,
-            method=self.method,
-            on_repeat=self.on_repeat,
-            settings=settings,
-            experiences=sized,
-            evaluations=evaluations,
-            valid_stream=valid_stream,
-        )
+        intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
         try:
             with terminable(), driver.attaching():
                 run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)

@@ -16,14 +16,7 @@ from distributed_eg.runtime.messages import ExperienceInfo, TaskData
 from distributed_eg.strategy.avalanche_types import LabelledDataset
 from distributed_eg.types import TaskId, derive_seed
 
-_ATTRIBUTES = (
-    "task_label",
-    "task_labels",
-    "classes_in_this_experience",
-    "previous_classes",
-    "classes_seen_so_far",
-    "future_classes",
-)
+_ATTRIBUTES = "task_label task_labels classes_in_this_experience previous_classes classes_seen_so_far future_classes"
 
 
 class WorkerExperience(DatasetExperience[LabelledDataset]):
@@ -117,7 +110,7 @@ def _classes(experience: CLExperience, dataset: LabelledDataset) -> tuple[int, .
 
 def info_of(experience: CLExperience) -> ExperienceInfo:
     """What a worker needs to build the experience again."""
-    attributes = {name: getattr(experience, name) for name in _ATTRIBUTES if hasattr(experience, name)}
+    attributes = {name: getattr(experience, name) for name in _ATTRIBUTES.split() if hasattr(experience, name)}
     if experience._origin_stream is None:
         raise InputError("The experience belongs to no stream: set its origin_stream, such as CLStream('train', ()).")
     return ExperienceInfo(int(experience.current_experience), experience.origin_stream.name, attributes)
@@ -133,14 +126,13 @@ def validation_of(experience: CLExperience, valid_stream: Iterable[CLExperience]
     if valid_stream is None:
         benchmark = getattr(experience, "benchmark", None) or getattr(experience._origin_stream, "benchmark", None)
         valid_stream = getattr(benchmark, "streams", {}).get("valid")
-    index = experience.current_experience
-    for other in valid_stream or ():
-        if other.current_experience == index:
+    if valid_stream is None:
+        return None
+    for other in valid_stream:
+        if other.current_experience == experience.current_experience:
             found: LabelledDataset = other.dataset
             return found
-    if valid_stream is not None:
-        raise InputError(f"The validation stream has no experience {index}.")
-    return None
+    raise InputError(f"The validation stream has no experience {experience.current_experience}.")
 
 
 def with_label(dataset: LabelledDataset | None, label: int) -> LabelledDataset | None:

@@ -50,7 +50,7 @@ def evaluation_parts(eval_streams: Streams | None) -> list[Part] | None:
     return [part for experience in chain.from_iterable(streams) for part in parts_of(experience)]
 
 
-@dataclass(kw_only=True)
+@dataclass(eq=False)
 class Intake:
     """One call's source of tasks: makes each when it is asked for, and replays its log once it is committed."""
 
@@ -110,9 +110,8 @@ class Intake:
         self._versions[part.label], self._classes[part.label] = versions, classes
         given = self.evaluations
         measured = None if given is None else [other for other in given if other.label == part.label]
-        data = task_data(
-            part, task, self.method.seed, self.method.validation_fraction, valid=valid, evaluations=measured
-        )
+        seed, fraction = self.method.seed, self.method.validation_fraction
+        data = task_data(part, task, seed, fraction, valid=valid, evaluations=measured)
         shipped, leaves = self.run.shipper.ship(data, f"the dataset of experience {part.info.index}")
         self._held[task] = (experience, leaves)
         identity = {**self.settings, "data": self._identity(part.dataset)}

@@ -62,9 +62,8 @@ def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMe
     except PICKLE_ERRORS as error:
         raise InputError(_why_it_cannot_travel(strategy, state, error)) from error
     known = {id(metric): packed for metric, packed in fresh_metrics}
-    metrics = strategy.evaluator.metrics
-    travelling = [known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in metrics]
-    return PackedStrategy(packed_class, packed_state, tuple(travelling), strategy.evaluator.collect_all)
+    metrics = (known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in strategy.evaluator.metrics)
+    return PackedStrategy(packed_class, packed_state, tuple(metrics), strategy.evaluator.collect_all)
 
 
 def pack_metrics(strategy: Template) -> FreshMetrics:

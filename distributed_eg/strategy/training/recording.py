@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 
 from avalanche.evaluation.metric_results import AlternativeValues, MetricType, MetricValue
 from avalanche.logging import BaseLogger
@@ -55,18 +56,14 @@ class RecordingLogger(BaseLogger):
 
     def __getattribute__(self, name: str) -> object:
         is_callback = name.startswith(("before_", "after_"))
-        return _recorder(self, name) if is_callback else super().__getattribute__(name)
+        return partial(self._record, name) if is_callback else super().__getattribute__(name)
 
-
-def _recorder(logger: RecordingLogger, callback: str) -> Callable[..., None]:
-    def record(strategy: Template, values: Sequence[MetricValue], **_: object) -> None:
+    def _record(self, callback: str, strategy: Template, values: Sequence[MetricValue], **_: object) -> None:
         if values or callback in _ALWAYS:
-            of = logger.positions
+            of = self.positions
             kept = tuple(RecordedValue(of.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
             loader = strategy.dataloader
-            logger.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
-
-    return record
+            self.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
 
 
 def replay(strategy: Template, evaluator: EvaluationPlugin, records: Sequence[RecordedCallback]) -> None:

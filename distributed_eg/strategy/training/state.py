@@ -92,12 +92,11 @@ class TrainingState:
             if _is_of(plugin, "avalanche.") and not isinstance(plugin, Stateful):
                 self._look_into(name, plugin)
         self._objects = self._look_at_objects()
-        self._stateful = {name: member for name, member in self._members.items() if isinstance(member, Stateful)}
+        held = {path: value for path, value in self._attributes().items() if not self._is_fixed(value)}
+        everyone = (self._members | held).items()
+        self._stateful = {name: value for name, value in everyone if isinstance(value, Stateful)}
         if lacking := sorted(self._members.keys() - self._stateful.keys() - self._owners.keys()):
             raise CannotResumeError(f"{', '.join(lacking)} cannot be asked for state; {_REMEDY}")
-        for path, value in self._attributes().items():
-            if isinstance(value, Stateful) and not self._is_fixed(value):
-                self._stateful[path] = value
         self._values()
         settings = getattr(strategy.dataloader, "loader_kwargs", None) or getattr(strategy.dataloader, "__dict__", {})
         if settings.get("persistent_workers") and settings.get("num_workers"):
@@ -281,27 +280,20 @@ def _pack_records(records: Sequence[RecordedCallback]) -> dict[str, Any]:
     """
     kinds: dict[tuple[Any, ...], int] = {}
     sequence: list[int] = []
-    xs: list[int] = []
-    floats: list[float] = []
-    others: dict[str, Any] = {}
     for record in records:
-        values = record.values
-        kind = (record.callback, record.num_batches, tuple((v.metric, v.name, type(v.value) is float) for v in values))
-        sequence.append(kinds.setdefault(kind, len(kinds)))
-        for value in values:
-            if type(value.x) is not int:
-                raise TypeError(f"a value of the metric {value.name!r} stands at x = {value.x!r}, which is no integer")
-            xs.append(value.x)
-            if type(value.value) is float:
-                floats.append(value.value)
-            else:
-                others[f"{len(others)} {value.name}"] = value.value
+        values = tuple((value.metric, value.name, type(value.value) is float) for value in record.values)
+        sequence.append(kinds.setdefault((record.callback, record.num_batches, values), len(kinds)))
+    everything = [value for record in records for value in record.values]
+    for value in everything:
+        if type(value.x) is not int:
+            raise TypeError(f"a value of the metric {value.name!r} stands at x = {value.x!r}, which is no integer")
+    others = [value for value in everything if type(value.value) is not float]
     return {
         "kinds": list(kinds),
         "sequence": torch.tensor(sequence, dtype=torch.int64),
-        "xs": torch.tensor(xs, dtype=torch.int64),
-        "floats": torch.tensor(floats, dtype=torch.float64),
-        "others": others,
+        "xs": torch.tensor([value.x for value in everything], dtype=torch.int64),
+        "floats": torch.tensor([v.value for v in everything if type(v.value) is float], dtype=torch.float64),
+        "others": {f"{i} {value.name}": value.value for i, value in enumerate(others)},
     }
 
 
@@ -310,9 +302,6 @@ def _unpack_records(packed: dict[str, Any]) -> list[RecordedCallback]:
     records = []
     for position in packed["sequence"].tolist():
         callback, num_batches, kinds = packed["kinds"][position]
-        values = [
-            RecordedValue(metric, name, next(floats if is_float else others), next(xs))
-            for metric, name, is_float in kinds
-        ]
+        values = (RecordedValue(m, name, next(floats if is_float else others), next(xs)) for m, name, is_float in kinds)
         records.append(RecordedCallback(callback, tuple(values), num_batches))
     return records

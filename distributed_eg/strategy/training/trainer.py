@@ -63,8 +63,7 @@ class StrategyTrainer:
         except ExpertGateError:
             raise
         except Exception as error:
-            resumed_after = 0 if strategy._checkpointing is None else strategy._checkpointing.resumed_after
-            raise _hook_error(error, job, resumed_after) from error
+            raise _hook_error(error, job, strategy._checkpointing) from error
         finally:
             if distillation is not None:
                 distillation.detach()
@@ -130,11 +129,11 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
     return distillation
 
 
-def _hook_error(error: Exception, job: ExpertJob, resumed_after: int) -> HookError:
+def _hook_error(error: Exception, job: ExpertJob, checkpointing: Checkpointing | None) -> HookError:
     note = ""
-    if resumed_after:
+    if checkpointing is not None and (epochs := checkpointing.resumed_after):
         path = task_file(job.task, "checkpoint")
-        note = f"It went on from its checkpoint after {resumed_after} epochs; if that is why, delete {path!r}.\n"
+        note = f"It went on from its checkpoint after {epochs} epochs; if that is why, delete {path!r}.\n"
     return HookError(
         f"Training the expert of task {job.task} (label {job.label}) failed{_raised_by(error)}: "
         f"{type(error).__name__}: {error}\n{note}{traceback.format_exc()}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 from torch import Tensor
 
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder, LinearStack, fit_linear
-from distributed_eg.method.sgd_autoencoder import SgdAutoencoder, SgdStack, fit_sgd
+from distributed_eg.method.sgd_autoencoder import FeatureRows, SgdAutoencoder, SgdStack, fit_sgd
 from distributed_eg.types import AutoencoderKind, RelatednessUnit
 
 Autoencoder = LinearAutoencoder | SgdAutoencoder
@@ -22,22 +22,6 @@ class AutoencoderStack(Protocol):
     def errors(self, features: Tensor) -> Tensor:
         """Squared Euclidean distance of each standardized sample to each reconstruction, per sample: (n, number of
         autoencoders) float32."""
-
-
-class FeatureRows(Protocol):
-    """Standardized features of one task's training part, read from wherever they are kept."""
-
-    def __len__(self) -> int:
-        """How many samples there are."""
-
-    def rows(self, indices: Sequence[int]) -> Tensor:
-        """The rows at ``indices``: (len(indices), num_features) float32."""
-
-    def blocks(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, at most ``size`` at a time."""
-
-
-_UNITS: Mapping[AutoencoderKind, RelatednessUnit] = {"sgd": "own_error", "linear": "variance"}
 
 
 def fit_autoencoder(
@@ -62,7 +46,7 @@ def stack_autoencoders(autoencoders: Sequence[Autoencoder]) -> AutoencoderStack:
 def relatedness_unit(kind: AutoencoderKind) -> RelatednessUnit:
     """What differences of errors are divided by: the paper's Er_k for "sgd"; the task's own variance for "linear",
     whose Er_k is so small that 0.85 would never be reached."""
-    return _UNITS[kind]
+    return "own_error" if kind == "sgd" else "variance"
 
 
 def autoencoder_from_tensors(kind: AutoencoderKind, tensors: Mapping[str, Tensor]) -> Autoencoder:

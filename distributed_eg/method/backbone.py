@@ -20,8 +20,8 @@ from distributed_eg.method.expert import find_head
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
 # What networks say to images that they cannot take: torch's own errors, and the checks of vision transformers.
 _SHAPE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError)
-_AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
-"""Parameters of GoogLeNet's and Inception's auxiliary heads, which are never used here."""
+_AUXILIARY = ("AuxLogits", "aux1", "aux2")
+"""GoogLeNet's and Inception's auxiliary heads, which are never used here."""
 
 
 def build_network(
@@ -45,13 +45,14 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch == EFFICIENTNET_LITE0:
-            network = _efficientnet_lite0(image_size, pretrained=pretrained and weights is None)
+            network = _efficientnet_lite0(image_size, pretrained=pretrained and path is None)
         else:
-            network = _torchvision_network(arch, pretrained=pretrained, weights=None if path else weights, path=path)
+            name = weights if path is None else None
+            network = _torchvision_network(arch, pretrained=pretrained and path is None, weights=name)
     # Inception's and GoogLeNet's auxiliary heads answer in training mode only, with a tuple.
     if getattr(network, "aux_logits", False):
         setattr(network, "aux_logits", False)  # noqa: B010 - no attribute of nn.Module to the type checker
-        for name in ("AuxLogits", "aux1", "aux2"):
+        for name in _AUXILIARY:
             if hasattr(network, name):
                 setattr(network, name, None)
     if path is not None:
@@ -85,7 +86,11 @@ class Backbone(nn.Module):
         self.network = network
         self.layer = layer
         self.shape = shape
-        self.feature_shape = tuple(_probe(self, shape).shape[1:])
+        with _trial(network, shape) as image:
+            output = self._activations(image)
+        if not isinstance(output, Tensor) or output.numel() == 0:
+            raise BackboneError(f"The layer {layer!r} gives no features for images of shape {shape}.")
+        self.feature_shape = tuple(output.shape[1:])
 
     def train(self, mode: bool = True) -> Backbone:
         """As in torch, but the network stays in eval mode: features must not depend on the batch."""
@@ -142,10 +147,8 @@ def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
 
         handles.append(child.register_forward_hook(note))
     try:
-        with _evaluating(network), torch.no_grad():
-            network(torch.zeros(1, *shape, device=_device(network)))
-    except _SHAPE_ERRORS as error:
-        raise _cannot_take(network, shape, error) from error
+        with _trial(network, shape) as image:
+            network(image)
     finally:
         for handle in handles:
             handle.remove()
@@ -166,37 +169,21 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module has the mode that it had."""
+def _trial(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[Tensor]:
+    """A black image for the network in eval mode; afterwards every module has the mode that it had."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield torch.zeros(1, *shape, device=next(network.parameters(), torch.zeros(0)).device)
+    except _SHAPE_ERRORS as error:
+        raise BackboneError(
+            f"The backbone {type(network).__name__} cannot take images of shape {shape} ({_first_line(error)}); "
+            "give shape= as (channels, height, width) of the images after their transforms."
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters(), torch.zeros(0)).device
-
-
-def _probe(backbone: Backbone, shape: tuple[int, int, int]) -> Tensor:
-    try:
-        with _evaluating(backbone.network), torch.no_grad():
-            output = backbone._activations(torch.zeros(1, *shape, device=_device(backbone.network)))
-    except _SHAPE_ERRORS as error:
-        raise _cannot_take(backbone.network, shape, error) from error
-    if not isinstance(output, Tensor) or output.numel() == 0:
-        raise BackboneError(f"The layer {backbone.layer!r} gives no features for images of shape {shape}.")
-    return output
-
-
-def _cannot_take(network: nn.Module, shape: tuple[int, int, int], error: Exception) -> BackboneError:
-    return BackboneError(
-        f"The backbone {type(network).__name__} cannot take images of shape {shape} ({_first_line(error)}); "
-        "give shape= as (channels, height, width) of the images after their transforms."
-    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,7 +194,7 @@ def _is_path(weights: str) -> bool:
     return "/" in weights or weights.endswith((".pt", ".pth", ".safetensors")) or Path(weights).exists()
 
 
-def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None, path: str | None) -> nn.Module:
+def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
         close = [name for name in names if name[:4] == arch[:4]] or names[:5]
@@ -215,17 +202,13 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None, pa
             f"The backbone {arch!r} is unknown: it is neither {EFFICIENTNET_LITE0!r} nor a torchvision classification "
             f"model (such as {', '.join(close[:5])})."
         )
-    members = torchvision.models.get_model_weights(arch)
-    member = None
+    members = torchvision.models.get_model_weights(arch).__members__
+    member = members["DEFAULT"] if pretrained else None
     if weights is not None:
-        by_name = members.__members__
-        if weights.split(".")[-1] not in by_name:
-            raise BackboneError(
-                f"weights={weights!r} is neither a file nor a weights name of {arch} ({', '.join(by_name)})."
-            )
-        member = by_name[weights.split(".")[-1]]
-    elif path is None and pretrained:
-        member = members["DEFAULT"]
+        member = members.get(weights.split(".")[-1])
+        if member is None:
+            known = ", ".join(members)
+            raise BackboneError(f"weights={weights!r} is neither a file nor a weights name of {arch} ({known}).")
     try:
         network: nn.Module = torchvision.models.get_model(arch, weights=member)
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -262,7 +245,7 @@ def _load_weights(network: nn.Module, arch: str, path: str) -> None:
         raise BackboneError(f"weights={path!r} holds no state dict that can be read safely ({kind}).") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BackboneError(f"weights={path!r} holds {type(state).__name__}, not a state dict of tensors.")
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(_AUXILIARY)}
+    state = {name: tensor for name, tensor in state.items() if name.split(".")[0] not in _AUXILIARY}
     expected = network.state_dict()
     # Counters of old checkpoints may be missing; a tensor of another shape or name may not.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]

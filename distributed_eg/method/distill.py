@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_eg.method.expert import Head, find_head, get_head, set_head
+from distributed_eg.method.expert import find_head, get_head, set_head
 
 
 class Distillation:
@@ -33,7 +33,7 @@ class Distillation:
         self.head_name = find_head(student)
         self.head = get_head(student, self.head_name)
         self.old_head = copy.deepcopy(get_head(teacher, self.head_name)).requires_grad_(True)
-        self._num_new = num_outputs(self.head)
+        self._num_new = len(self.head.weight)
         self._old_logits: Tensor | None = None
         set_head(student, self.head_name, _TwoHeads(self.head, self.old_head))
         self._hook = student.register_forward_hook(self._split)
@@ -76,11 +76,6 @@ class _TwoHeads(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.cat([self.new(inputs), self.old(inputs)], dim=1)
-
-
-def num_outputs(head: Head) -> int:
-    """Classes of a head."""
-    return head.out_features if isinstance(head, nn.Linear) else head.out_channels
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temp: float) -> Tensor:

@@ -83,11 +83,6 @@ def continue_expert(before: nn.Module, classes_before: Sequence[int], classes: S
     return expert
 
 
-def with_head_size(root: nn.Module, num_classes: int) -> nn.Module:
-    """A copy of ``root`` whose head has ``num_classes`` outputs, to load an expert's stored weights into."""
-    return derive_expert(root, num_classes, seed=0)
-
-
 def freeze_norm(network: nn.Module) -> None:
     """Keep the running statistics of batch normalisation as they are: a task has too few batches to move them."""
     for module in network.modules():

@@ -32,7 +32,7 @@ class LinearAutoencoder:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: every field by its name."""
-        return {name: getattr(self, name) for name in ("components", "singular_values", "mean", "num_samples")}
+        return dict(vars(self))
 
     def to(self, device: torch.device | str) -> LinearAutoencoder:
         """The same value on another device."""

@@ -20,10 +20,17 @@ _MOMENTUM = 0.9
 _WEIGHT_DECAY = 5e-4
 
 
-class _Rows(Protocol):
-    def __len__(self) -> int: ...
-    def rows(self, indices: Sequence[int]) -> Tensor: ...
-    def blocks(self, size: int) -> Iterator[Tensor]: ...
+class FeatureRows(Protocol):
+    """Standardized features of one task's training part, read from wherever they are kept."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """The rows at ``indices``: (len(indices), num_features) float32."""
+
+    def blocks(self, size: int) -> Iterator[Tensor]:
+        """All rows in order, at most ``size`` at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,7 @@ class SgdAutoencoder:
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: every field by its name."""
-        names = ("encoder_weight", "encoder_bias", "decoder_weight", "decoder_bias")
-        return {name: getattr(self, name) for name in names}
+        return dict(vars(self))
 
     def to(self, device: torch.device | str) -> SgdAutoencoder:
         """The same value on another device."""
@@ -47,7 +53,7 @@ class SgdAutoencoder:
 
 
 def fit_sgd(
-    config: AutoencoderConfig, features: _Rows, seed: int, *, start: SgdAutoencoder | None = None
+    config: AutoencoderConfig, features: FeatureRows, seed: int, *, start: SgdAutoencoder | None = None
 ) -> SgdAutoencoder:
     """Minimise the cross-entropy between z and its reconstruction, as the paper does; deterministic in ``seed``.
 
@@ -111,7 +117,7 @@ class SgdStack:
         return (logits.sigmoid_() - batch).square().sum(2)
 
 
-def _centre(features: _Rows) -> tuple[Tensor, float]:
+def _centre(features: FeatureRows) -> tuple[Tensor, float]:
     """Mean of the features, and the root mean square of their distance to it."""
     sums = [(block.double().sum(0), block.double().square().sum()) for block in features.blocks(_BLOCK_ROWS)]
     mean = torch.stack([total for total, _ in sums]).sum(0) / len(features)

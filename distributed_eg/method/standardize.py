@@ -24,7 +24,7 @@ class Statistics:
     std: Tensor
     num_samples: int
 
-    def to(self, device: torch.device) -> Statistics:
+    def to(self, device: torch.device | str) -> Statistics:
         """The same on another device."""
         return Statistics(self.mean.to(device), self.std.to(device), self.num_samples)
 

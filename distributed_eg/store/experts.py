@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distributed_eg.errors import StorageError
 from distributed_eg.method.autoencoder import Autoencoder, autoencoder_from_tensors
-from distributed_eg.method.expert import with_head_size
+from distributed_eg.method.expert import derive_expert
 from distributed_eg.method.gate import Expert, Gate, make_gate
 from distributed_eg.method.standardize import Statistics
 from distributed_eg.store.records import StatisticsRecord
@@ -78,7 +78,7 @@ class ExpertReader:
             return self._experts[ref]
         while len(self._experts) >= self._capacity:
             self._experts.popitem(last=False)
-        network = with_head_size(self._root, len(ref.classes))
+        network = derive_expert(self._root, len(ref.classes), seed=0)
         try:
             network.load_state_dict(self.load(ref.source))
         except RuntimeError as error:
@@ -98,8 +98,8 @@ class ExpertReader:
         """The run's standardization statistics."""
         if record not in self._statistics:
             tensors = self.load(record.artifact)
-            mean, std = tensors["mean"].to(self._device), tensors["std"].to(self._device)
-            self._statistics[record] = Statistics(mean, std, record.num_samples)
+            loaded = Statistics(tensors["mean"], tensors["std"], record.num_samples)
+            self._statistics[record] = loaded.to(self._device)
         return self._statistics[record]
 
     def gate(self, ref: GateRef) -> Gate:

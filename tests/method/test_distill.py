@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_eg.method.distill import Distillation, distillation_loss, num_outputs
+from distributed_eg.method.distill import Distillation, distillation_loss
 from distributed_eg.method.expert import derive_expert
 from tests.method.helpers import digest, float64, images, net, network_of
 
@@ -245,8 +245,3 @@ def test_a_copy_of_a_detached_student_stands_alone() -> None:
     twin = copy.deepcopy(student)
     assert not any(module._forward_hooks for module in twin.modules())
     assert torch.equal(twin(images(2)), student(images(2)))
-
-
-def test_number_of_outputs_of_both_kinds_of_head() -> None:
-    assert num_outputs(net(1, num_classes=4).head) == 4
-    assert num_outputs(network_of("squeezenet1_1").get_submodule("classifier.1")) == 1000

@@ -41,18 +41,12 @@ def make_benchmark(
     if name == "embedded":
         from distributed_eg.benchmarks.embedded import embedded
 
-        return embedded(image_size=image_size, train_per_task=train_per_task, test_per_task=test_per_task, seed=seed)
+        num_train = 240 if train_per_task is None else train_per_task
+        num_test = 120 if test_per_task is None else test_per_task
+        return embedded(image_size or 64, num_train, num_test, seed)
     from distributed_eg.benchmarks.torchvision_splits import torchvision_split
 
-    return torchvision_split(
-        name,
-        data=data,
-        download=download,
-        image_size=image_size,
-        train_per_task=train_per_task,
-        test_per_task=test_per_task,
-        seed=seed,
-    )
+    return torchvision_split(name, data, download, image_size or 96, train_per_task, test_per_task, seed)
 
 
 def __getattr__(name: str) -> object:

@@ -14,14 +14,8 @@ from avalanche.benchmarks.utils.classification_dataset import ClassificationData
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from distributed_eg.benchmarks.benchmark import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Benchmark,
-    images_per_class,
-    labelled,
-    task_incremental,
-)
+from distributed_eg.benchmarks import benchmark
+from distributed_eg.benchmarks.benchmark import Benchmark, images_per_class
 from distributed_eg.errors import InputError
 
 TILES_PER_PHOTOGRAPH = 80  # about; enough that both splits show every part of it
@@ -51,17 +45,12 @@ TASKS: tuple[EmbeddedTask, ...] = (
 
 
 def embedded(
-    *,
-    image_size: int | None = None,
-    train_per_task: int | Sequence[int] | None = None,
-    test_per_task: int | Sequence[int] | None = None,
-    seed: int = 0,
+    size: int, train_per_task: int | Sequence[int], test_per_task: int | Sequence[int], seed: int
 ) -> Benchmark:
-    """Eight tasks of two or three classes, 240 training and 120 test images each unless told otherwise."""
-    size = image_size or 64
+    """Eight tasks of two or three classes; ``size`` is the side of an image in pixels."""
     counts = [len(task.classes) for task in TASKS]
-    num_train = images_per_class("train_per_task", 240 if train_per_task is None else train_per_task, counts)
-    num_test = images_per_class("test_per_task", 120 if test_per_task is None else test_per_task, counts)
+    num_train = images_per_class("train_per_task", train_per_task, counts)
+    num_test = images_per_class("test_per_task", test_per_task, counts)
     train, test = [], []
     first_class = 0
     for index, task in enumerate(TASKS):
@@ -76,12 +65,13 @@ def embedded(
                 # The test images come first: they stay the same, however many there are to train on.
                 test_part = cut_patches(photograph, test_tiles, side, num_test[index], size, rng)
                 parts.append((cut_patches(photograph, train_tiles, side, num_train[index], size, rng), test_part))
-        train.append(_dataset([train_part for train_part, _ in parts], first_class))
-        test.append(_dataset([test_part for _, test_part in parts], first_class))
+        train_parts, test_parts = zip(*parts, strict=True)
+        train.append(_dataset(train_parts, first_class))
+        test.append(_dataset(test_parts, first_class))
         first_class += len(task.classes)
     return Benchmark(
         name="embedded",
-        scenario=task_incremental(train, test),
+        scenario=benchmark.task_incremental(train, test),
         task_names=tuple(task.name for task in TASKS),
         domains=tuple(task.domain for task in TASKS),
         shape=(3, size, size),
@@ -165,9 +155,9 @@ def _resized(image: Image.Image, size: int) -> np.ndarray:
 def _dataset(class_images: Sequence[np.ndarray], first_class: int) -> ClassificationDataset:
     """One task's images, (N, size, size, 3) uint8 a class, as normalised (N, 3, size, size) float32."""
     pixels = torch.from_numpy(np.concatenate(class_images)).permute(0, 3, 1, 2).contiguous().float() / 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (benchmark.IMAGENET_MEAN, benchmark.IMAGENET_STD))
     targets = [first_class + k for k, images in enumerate(class_images) for _ in images]
-    return labelled(TensorDataset((pixels - mean) / std, torch.tensor(targets)), targets)
+    return benchmark.labelled(TensorDataset((pixels - mean) / std, torch.tensor(targets)), targets)
 
 
 def _package(name: str) -> Path:

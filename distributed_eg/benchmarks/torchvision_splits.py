@@ -15,14 +15,8 @@ from PIL.Image import Image
 from torch.utils.data import Subset
 from torchvision import datasets, transforms
 
-from distributed_eg.benchmarks.benchmark import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Benchmark,
-    images_per_class,
-    labelled,
-    task_incremental,
-)
+from distributed_eg.benchmarks import benchmark
+from distributed_eg.benchmarks.benchmark import Benchmark, labelled
 from distributed_eg.errors import InputError
 
 CLASSES_PER_TASK = 2
@@ -40,13 +34,12 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 def torchvision_split(
     name: str,
-    *,
-    data: str | Path | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-    train_per_task: int | Sequence[int] | None = None,
-    test_per_task: int | Sequence[int] | None = None,
-    seed: int = 0,
+    data: str | Path | None,
+    download: bool,
+    size: int,
+    train_per_task: int | Sequence[int] | None,
+    test_per_task: int | Sequence[int] | None,
+    seed: int,
 ) -> Benchmark:
     """Five tasks a dataset, classes in order: 0 and 1, 2 and 3, ...; two datasets take turns, ids of the second + 10.
 
@@ -54,39 +47,25 @@ def torchvision_split(
     resized, made RGB and normalised when they are read.
     """
     sources = SPLITS[name]
-    size = image_size or 96
-    tasks = [
-        (source, first) for first in range(0, CLASSES_PER_DATASET, CLASSES_PER_TASK) for source in range(len(sources))
-    ]
-    transform = transforms.Compose(
-        [
-            transforms.Resize((size, size)),
-            _to_rgb,
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    streams = []
+    firsts = range(0, CLASSES_PER_DATASET, CLASSES_PER_TASK)
+    tasks = [(source, first) for first in firsts for source in range(len(sources))]
+    normalize = transforms.Normalize(benchmark.IMAGENET_MEAN, benchmark.IMAGENET_STD)
+    transform = transforms.Compose([transforms.Resize((size, size)), _to_rgb, transforms.ToTensor(), normalize])
+    streams: list[list[ClassificationDataset]] = []
     for split, (option, per_task) in enumerate([("train_per_task", train_per_task), ("test_per_task", test_per_task)]):
         counts: Sequence[int | None] = [None] * len(tasks)
         if per_task is not None:
-            counts = images_per_class(option, per_task, [CLASSES_PER_TASK] * len(tasks))
+            counts = benchmark.images_per_class(option, per_task, [CLASSES_PER_TASK] * len(tasks))
         leaves = [_open(source, name, data, train=split == 0, download=download) for source in sources]
         labels = [np.asarray(leaf.targets) for leaf in leaves]
-        streams.append(
-            [
-                _view(
-                    leaves[source],
-                    _choose(labels[source], first, count, option, np.random.default_rng([seed, split, task])),
-                    source * CLASSES_PER_DATASET,
-                    transform,
-                )
-                for task, ((source, first), count) in enumerate(zip(tasks, counts, strict=True))
-            ]
-        )
+        streams.append([])
+        for task, ((source, first), count) in enumerate(zip(tasks, counts, strict=True)):
+            rng = np.random.default_rng([seed, split, task])
+            chosen = _choose(labels[source], first, count, option, rng)
+            streams[-1].append(_view(leaves[source], chosen, source * CLASSES_PER_DATASET, transform))
     return Benchmark(
         name=name,
-        scenario=task_incremental(*streams),
+        scenario=benchmark.task_incremental(*streams),
         task_names=tuple(f"{sources[source]} {first}-{first + CLASSES_PER_TASK - 1}" for source, first in tasks),
         domains=tuple(sources[source] for source, _ in tasks),
         shape=(3, size, size),

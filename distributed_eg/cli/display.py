@@ -36,15 +36,13 @@ class Display:
 
     def progress(self, progress: Progress) -> None:
         """Take a stage's start or end in."""
-        if progress.state == "started":
-            cell = f"[yellow]{progress.worker} …"
-        elif progress.state == "finished":
-            cell = f"[green]{progress.seconds:.1f} s"
-        elif progress.state == "kept":
-            cell = "[green]kept"
-        else:
-            cell = "[red]failed"
-        self._cells[progress.task, progress.stage] = cell
+        cells = {
+            "started": f"[yellow]{progress.worker} …",
+            "finished": f"[green]{progress.seconds:.1f} s",
+            "kept": "[green]kept",
+            "failed": "[red]failed",
+        }
+        self._cells[progress.task, progress.stage] = cells[progress.state]
         if self._live is not None:
             self._live.update(self._progress_table())
         elif progress.state != "started":
@@ -67,22 +65,14 @@ class Display:
 
     def table(self, outcome: RunOutcome) -> None:
         """Show the results, and where the run directory is."""
-        table = Table(
-            "task", "parent", "transfer", "related", "gate", "expert", "end to end", title="Accuracy on unseen images"
-        )
+        headings = ("task", "parent", "transfer", "related", "gate", "expert", "end to end")
+        table = Table(*headings, title="Accuracy on unseen images")
         for task in outcome.tasks:
-            table.add_row(
-                f"{task.task} {task.name}",
-                "root" if task.parent is None else str(task.parent),
-                task.transfer,
-                _relatedness(task),
-                f"{task.gate_accuracy:.3f}",
-                f"{task.expert_accuracy:.3f}",
-                f"{task.end_to_end_accuracy:.3f}",
-            )
+            parent = "root" if task.parent is None else str(task.parent)
+            row = (f"{task.task} {task.name}", parent, task.transfer, _relatedness(task), *_accuracies(task))
+            table.add_row(*row)
         table.add_section()
-        means = (outcome.gate_accuracy, outcome.expert_accuracy, outcome.end_to_end_accuracy)
-        table.add_row("mean", "", "", "", *(f"{mean:.3f}" for mean in means))
+        table.add_row("mean", "", "", "", *_accuracies(outcome))
         self._console.print(table)
         self._console.print(
             f"Trained in {outcome.train_s:.1f} s, evaluated in {outcome.eval_s:.1f} s.", highlight=False
@@ -94,6 +84,11 @@ class Display:
         for task, name in enumerate(self._names):
             table.add_row(f"{task} {name}", *(self._cells.get((task, stage), "") for stage in Stage))
         return table
+
+
+def _accuracies(outcome: TaskOutcome | RunOutcome) -> list[str]:
+    values = (outcome.gate_accuracy, outcome.expert_accuracy, outcome.end_to_end_accuracy)
+    return [f"{value:.3f}" for value in values]
 
 
 def _relatedness(task: TaskOutcome) -> str:

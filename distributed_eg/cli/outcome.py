@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
 _NEAR_TIE = 0.001
+_FROM_REGISTRY = ("task", "label", "parent", "transfer", "autoencoder_sha256", "expert_sha256", "train_s", "worker")
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,18 @@ def outcome_of(
     }
     tasks = []
     for row in strategy.registry.to_pylist():
-        task, label = row["task"], row["label"]
-        tail = f"_Exp/eval_phase/test_stream/Task{label:03d}/Exp{task:03d}"
+        task = row["task"]
+        tail = f"_Exp/eval_phase/test_stream/Task{row['label']:03d}/Exp{task:03d}"
         tasks.append(
             TaskOutcome(
-                task=task,
-                label=label,
+                **{name: row[name] for name in _FROM_REGISTRY},
                 name=benchmark.task_names[task],
                 domain=benchmark.domains[task],
-                parent=row["parent"],
-                transfer=row["transfer"],
                 relatedness=chosen.get(task),
                 near_tie=ties.get(task),
                 gate_accuracy=metrics["Gate_Acc" + tail],
                 expert_accuracy=metrics["Expert_Acc" + tail],
                 end_to_end_accuracy=metrics["EndToEnd_Acc" + tail],
-                autoencoder_sha256=row["autoencoder_sha256"],
-                expert_sha256=row["expert_sha256"],
-                train_s=row["train_s"],
-                worker=row["worker"],
             )
         )
     return RunOutcome(

@@ -223,6 +223,7 @@ def test_early_stopping(stages: Any, patience: int, stops: tuple[int, ...], epoc
     assert sum(record.callback == "after_training_epoch" for record in log) == epochs
 
 
+@pytest.mark.filterwarnings("ignore:.* of earlier tasks, but each expert learns one task:UserWarning")
 def test_another_plugin_of_avalanches(stages: Any) -> None:
     require_resumed(stages(plugins=[GSS_greedyPlugin(input_size=[*SHAPE])]), 2)
 
@@ -386,6 +387,7 @@ LACKING: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.* of earlier tasks, but each expert learns one task:UserWarning")
 @pytest.mark.parametrize("words", list(LACKING))
 def test_who_cannot_be_asked_for_state_is_named_once_with_the_remedy(stages: Any, caplog: Any, words: str) -> None:
     message = require_restarted(stages(**LACKING[words]()), caplog)

@@ -1,9 +1,8 @@
-"""What a strategy checks of what it is given: optimizer, criterion, plugins that cannot do what they are for."""
+"""What a strategy checks of what it is given: optimizer, criterion, settings that go unread."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,28 +15,6 @@ from distributed_eg.strategy.model import ExpertGate
 
 _SGD_ONLY = {"batch_size": "ae_train_mb_size", "epochs": "ae_train_epochs", "lr": "ae_lr", "optimizer": "ae_optimizer"}
 """What only the autoencoder "sgd" reads, and its name in the strategy's signature."""
-
-_REMEMBER = {
-    "samples of earlier tasks": "ReplayPlugin GSS_greedyPlugin GDumbPlugin MIRPlugin RARPlugin CoPEPlugin BiCPlugin",
-    "gradients or samples of earlier tasks": "GEMPlugin AGEMPlugin",
-    "weights of earlier tasks": "EWCPlugin SynapticIntelligencePlugin MASPlugin RWalkPlugin",
-    "the model of the task before": "LwFPlugin LFLPlugin FeatureDistillationPlugin",
-    "a generator of earlier samples": "GenerativeReplayPlugin TrainGeneratorAfterExpPlugin",
-}
-"""What of earlier tasks Avalanche's plugins remember, and which do."""
-
-
-def warn_of_memory(plugins: Iterable[object]) -> None:
-    """Name the plugins that start empty with each expert, though they are made to remember."""
-    for plugin in plugins:
-        names = {cls.__name__ for cls in type(plugin).__mro__}
-        what = next((memory for memory, keepers in _REMEMBER.items() if names & {*keepers.split()}), None)
-        if what is not None:
-            warnings.warn(
-                f"{type(plugin).__name__} keeps {what}, but each expert learns one task from its own data: it starts "
-                "empty with every task and has nothing to add.",
-                stacklevel=3,
-            )
 
 
 def warn_of_ignored(config: AutoencoderConfig) -> None:

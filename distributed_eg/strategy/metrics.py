@@ -1,24 +1,43 @@
-"""The method's own metrics: gate, expert given the right task, end to end; and what reports them in any evaluator."""
+"""The method's own metrics: gate, expert given the right task, end to end; what reports them in any evaluator; and what
+is different for Avalanche's metrics that compare tasks."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.evaluation.metric_definitions import GenericPluginMetric, PluginMetric
 from avalanche.evaluation.metric_results import MetricResult, MetricValue
 from avalanche.evaluation.metric_utils import get_metric_name
+from avalanche.evaluation.metrics.acc_matrix import AccuracyMatrixPluginMetric
+from avalanche.evaluation.metrics.cumulative_accuracies import (
+    CumulativeAccuracyPluginMetric,
+    CumulativeForgettingPluginMetric,
+)
+from avalanche.evaluation.metrics.forgetting_bwt import GenericExperienceForgetting
+from avalanche.evaluation.metrics.forward_transfer import GenericExperienceForwardTransfer
 from avalanche.evaluation.metrics.mean import Mean
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor
 
-from distributed_eg.strategy.avalanche_types import Metric, Plugin, Template
+from distributed_eg.errors import InputError
+from distributed_eg.strategy.avalanche_types import LabelledDataset, Metric, Plugin, Template
 
 Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence"]
 Level = Literal["experience", "stream"]
 _ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
+
+COMPARING = (
+    *(GenericExperienceForgetting, GenericExperienceForwardTransfer, AccuracyMatrixPluginMetric),
+    *(CumulativeAccuracyPluginMetric, CumulativeForgettingPluginMetric),
+)
+"""Metrics that compare tasks (backward transfer is a kind of forgetting, a stream's a kind of an experience's). Where
+an expert trains there is no other task: they are silent there, and speak in ``eval``."""
 
 
 class RoutedBatch(NamedTuple):
@@ -149,3 +168,46 @@ class GateReporter(Plugin):
                     strategy.evaluator.publish_metric_value(value)
         finally:
             strategy.experience = experience
+
+
+def check_comparing(metrics: Sequence[Metric], eval_every: int) -> None:
+    """Say that metrics that compare tasks are silent in training, where they would speak there in Avalanche.
+
+    Raises:
+        InputError: forward transfer is asked for with ``eval_every=-1``; Avalanche refuses it in its first ``eval``.
+    """
+    names = sorted({type(metric).__name__ for metric in metrics if isinstance(metric, COMPARING)})
+    if eval_every > -1 and names:
+        warnings.warn(
+            f"{', '.join(names)}: silent in training, where each expert is measured alone, on its own task; call eval "
+            "after each train.",
+            stacklevel=4,
+        )
+    if eval_every < 0 and any(isinstance(metric, GenericExperienceForwardTransfer) for metric in metrics):
+        raise InputError("Forward transfer needs eval_every of at least 0, as in Avalanche.")
+
+
+def measure_start(
+    strategy: Template, asked: Sequence[tuple[CLExperience, LabelledDataset]], loader_args: Mapping[str, object]
+) -> None:
+    """Give metrics of forward transfer that saw no evaluation before training what it would have said: the root is as
+    it was then."""
+    new = [m for m in strategy.evaluator.metrics if isinstance(m, GenericExperienceForwardTransfer) and m.at_init]
+
+    def tell(callback: str) -> None:
+        for metric in new:
+            getattr(metric, callback)(strategy)
+
+    if new:
+        tell("before_eval")
+        for experience, strategy.adapted_dataset in asked:
+            strategy.make_eval_dataloader(**loader_args)
+            strategy.experience = experience.logging()
+            tell("before_eval_exp")
+            for batch in strategy.dataloader:
+                strategy.mbatch = batch
+                strategy._unpack_minibatch()
+                strategy.mb_output = strategy.model.expert(strategy.mb_x)
+                tell("after_eval_iteration")
+            tell("after_eval_exp")
+        tell("after_eval")

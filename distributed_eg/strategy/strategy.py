@@ -26,8 +26,9 @@ from distributed_eg.strategy import checks
 from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
-from distributed_eg.strategy.metrics import RoutedBatch
+from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate
+from distributed_eg.strategy.plugin_table import refuse_unfit, warn_of_clock, warn_of_memory, warn_of_unmeasured
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
@@ -131,7 +132,8 @@ class ExpertGateStrategy(ExpertLoop):
         )
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
-        checks.warn_of_memory(plugins or ())
+        refuse_unfit(plugins or ())
+        warn_of_memory(plugins or ())
         self.method = MethodConfig(
             autoencoder=autoencoder,
             temp=temp,
@@ -165,6 +167,8 @@ class ExpertGateStrategy(ExpertLoop):
             eval_every=eval_every,
             **base_kwargs,
         )
+        warn_of_clock(self)
+        check_comparing(self.evaluator.metrics, eval_every)
         self.routed: RoutedBatch | None = None
         self._answers: deque[Answers] = deque()
         self._current: Answers | None = None
@@ -222,6 +226,7 @@ class ExpertGateStrategy(ExpertLoop):
             RunInUseError: another driver works on that run.
         """
         driver = self._driver
+        refuse_unfit(plugin for plugin in self.plugins if id(plugin) != id(self.evaluator))
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
@@ -229,6 +234,8 @@ class ExpertGateStrategy(ExpertLoop):
         trainer = StrategyTrainer(pack(self, {"_driver"}, driver.fresh_metrics), kwargs)
         settings = {**self._settings(), "loader": plain_values(kwargs)}
         evaluations = evaluation_parts(eval_streams)
+        measured = {"valid"} if evaluations is None else {part.info.stream for part in evaluations}
+        warn_of_unmeasured(self.plugins, self.eval_every, measured)
         with terminable():
             run = driver.open(settings)
         shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
@@ -264,6 +271,8 @@ class ExpertGateStrategy(ExpertLoop):
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
         asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
+        with terminable(), torch.random.fork_rng(devices=[]):
+            measure_start(self, asked, kwargs)
         with terminable():
             self._answers.extend(ask_workers(driver.run, asked, self.eval_mb_size, self.method))
         self.plugins.insert(0, driver.reporter)

@@ -6,10 +6,13 @@ import contextlib
 import csv
 import io
 import math
+import pickle
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -18,9 +21,12 @@ import torch
 from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark, with_classes_timeline
 from avalanche.benchmarks.scenarios import CLScenario
 from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.core import SupervisedPlugin
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue, TensorImage
 from avalanche.evaluation.metrics import (
+    CumulativeAccuracyPluginMetric,
+    CumulativeForgettingPluginMetric,
     MAC_metrics,
     WeightCheckpoint,
     accuracy_metrics,
@@ -48,10 +54,14 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch.utils.data import TensorDataset
 
 from distributed_eg import ClusterConfig, ExpertGateStrategy, gate_metrics
+from distributed_eg.errors import InputError
+from distributed_eg.strategy.training.recording import RecordingLogger
 from tests.helpers import INLINE, task_images, tiny_net, tiny_strategy
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* silent in training:UserWarning")
 
 DOMAINS = (0, 1, 0)
 """Tasks 0 and 2 share a domain: when task 2 has come, the gate errs between them, so that task 0 is forgotten."""
@@ -80,6 +90,7 @@ METRICS: dict[str, Callable[[], Any]] = {
     "mean_scores": lambda: mean_scores_metrics(on_train=True, on_eval=True, image_creator=None),
     "accuracy_matrix": accuracy_matrix_metrics,
     "weight_checkpoint": WeightCheckpoint,
+    "cumulative": lambda: [CumulativeAccuracyPluginMetric(), CumulativeForgettingPluginMetric()],
 }
 """The promise: every helper of avalanche.evaluation.metrics, at every level that it has."""
 OURS: dict[str, Callable[[], Any]] = {"gate_metrics": gate_metrics}
@@ -88,6 +99,8 @@ MEASURED = ("Time_", "RunningTime_", "CPUUsage_", "RunningCPUUsage_", "MaxRAMUsa
 OWN = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
 """How the names begin that ``eval`` reports whatever the evaluator holds."""
 
+COMPARES_TASKS = ("forgetting", "bwt", "forward_transfer", "accuracy_matrix", "cumulative")
+"""Metrics that are silent in training, with a warning."""
 HISTORIES = ("class_accuracy of any class", "labels_repartition")
 """Metrics that go on naming the classes of every task before, whereas here each task starts with an empty one."""
 
@@ -115,15 +128,27 @@ def three_tasks() -> CLScenario:
 
 
 class Spy(BaseLogger):
-    """Keeps what the evaluator says, in order."""
+    """Keeps what the evaluator says, in order, and which of it outside of training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.said: Series = []
+        self.outside: Series = []
+        self.training = False
 
     def log_single_metric(self, name: str, value: Any, x_plot: int) -> None:
         """Keep it."""
         self.said.append((name, x_plot, value))
+        if not self.training:
+            self.outside.append((name, x_plot, value))
+
+    def before_training(self, *_: Any) -> None:
+        """Training begins."""
+        self.training = True
+
+    def after_training(self, *_: Any) -> None:
+        """Training has ended."""
+        self.training = False
 
 
 def plain(value: Any) -> Any:
@@ -179,28 +204,28 @@ def evaluator_of(metrics: Sequence[Any], *loggers: BaseLogger) -> EvaluationPlug
     return EvaluationPlugin(*metrics, loggers=list(loggers))
 
 
-def naive(evaluator: EvaluationPlugin) -> Naive:
+def naive(evaluator: EvaluationPlugin, eval_every: int = 0) -> Naive:
     """Avalanche's plain strategy, with the same numbers."""
     net = tiny_net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     sizes = {"train_mb_size": MB, "train_epochs": EPOCHS, "eval_mb_size": MB}
-    return Naive(model=net, optimizer=optimizer, device="cpu", evaluator=evaluator, eval_every=0, **sizes)
+    return Naive(model=net, optimizer=optimizer, device="cpu", evaluator=evaluator, eval_every=eval_every, **sizes)
 
 
 @pytest.mark.parametrize("metric", [name for name in METRICS if name not in HISTORIES])
 def test_names_and_positions_are_those_of_avalanches_own_loop(metric: str) -> None:
     """Avalanche's ``Naive`` on the same stream says the same names, at the same positions, in the same order.
 
-    But for one: in training an expert knows nothing of the tasks before, so forward transfer has nothing to say there.
+    But in training an expert knows nothing of the tasks before: there what compares tasks is silent.
     """
     theirs, ours = Spy(), Spy()
     before = metric != "accuracy_matrix"  # which cannot be evaluated before it was trained
-    learn(naive(evaluator_of([METRICS[metric]()], theirs)), before=before)
-    with tiny_strategy(evaluator=evaluator_of([METRICS[metric]()], ours), eval_every=0) as strategy:
+    every = -1 if metric == "cumulative" else 0  # its first value is that of its first evaluation, in training too
+    learn(naive(evaluator_of([METRICS[metric]()], theirs), every), before=before)
+    with tiny_strategy(evaluator=evaluator_of([METRICS[metric]()], ours), eval_every=every) as strategy:
         learn(strategy, before=before)
-    said = [without_own(spy.said) for spy in (theirs, ours)]
-    if metric == "forward_transfer":
-        said = [[value for value in series if "valid_stream" not in value[0]] for series in said]
+    said = [without_own(spy.outside if metric in COMPARES_TASKS else spy.said) for spy in (theirs, ours)]
+    assert (ours.outside == ours.said) or metric not in COMPARES_TASKS
     assert said[0], "the metric says nothing: it proves nothing"
     assert said[1] == said[0]
 
@@ -215,6 +240,108 @@ def test_one_call_says_what_a_call_for_each_task_says(metric: str) -> None:
         with tiny_strategy(evaluator=evaluator_of([factory()], spy), eval_every=0) as strategy:
             learn(strategy, parallel=parallel, between=False)
     assert comparable(once.said) == comparable(stepwise.said)
+
+
+CALLBACKS = sorted(name for name in dir(SupervisedPlugin) if name.startswith(("before_", "after_")))
+
+
+class Hears(BaseLogger):
+    """A user's logger with a method for some callbacks: what it was called with, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[Any, ...]] = []
+
+
+def hears(*callbacks: str) -> Hears:
+    """A logger with a method for each of ``callbacks``."""
+
+    def method(name: str) -> Any:
+        def hear(self: Hears, strategy: Any, metric_values: Sequence[MetricValue]) -> None:
+            experience = strategy.experience
+            # Before anything, Avalanche knows no experience, and between two of them it knows the last one.
+            known = name not in ("before_training", "before_eval")
+            where = (experience.origin_stream.name, experience.current_experience) if known else None
+            said = [(value.name, value.x_plot) for value in metric_values]
+            self.heard.append((name, where, strategy.is_training, strategy.clock.train_iterations, said))
+
+        return hear
+
+    return type("Hears", (Hears,), {name: method(name) for name in callbacks})()
+
+
+@pytest.mark.parametrize("callbacks", [CALLBACKS, ["after_backward", "before_eval_forward"], []], ids=len)
+def test_a_users_logger_hears_the_callbacks_that_it_has(callbacks: list[str]) -> None:
+    """All 26, in Avalanche's order, with the experience that is trained or measured, the clock, and the values."""
+    theirs, ours = hears(*callbacks), hears(*callbacks)
+    learn(naive(evaluator_of([METRICS["accuracy"]()], theirs)), before=False)
+    with tiny_strategy(evaluator=evaluator_of([METRICS["accuracy"]()], ours), eval_every=0) as strategy:
+        learn(strategy, before=False)
+    said = [
+        [(*event, [value for value in said if not value[0].startswith(OWN)]) for *event, said in logger.heard]
+        for logger in (theirs, ours)
+    ]
+    assert said[1] == said[0]
+    assert {event[0] for event in said[1]} == set(callbacks)
+
+
+def test_a_log_without_values_is_short() -> None:
+    """Callbacks of every iteration hardly make the log longer that travels to the driver: a few bytes each."""
+    recorder = RecordingLogger([], frozenset(CALLBACKS))
+    strategy: Any = SimpleNamespace(dataloader=range(9), experience=None, is_training=True)
+    for _ in range(1000):
+        for callback in CALLBACKS:
+            getattr(recorder, callback)(strategy, [])
+    assert len(recorder.records) == 26_000
+    assert len(pickle.dumps(recorder.records)) < 4 * 26_000
+
+
+def test_the_text_logger_names_the_stream_that_is_measured() -> None:
+    """In training as after it."""
+    text = io.StringIO()
+    with tiny_strategy(evaluator=evaluator_of([], TextLogger(text)), eval_every=0) as strategy:
+        benchmark = three_tasks()
+        strategy.train(benchmark.train_stream[:2], eval_streams=[benchmark.test_stream])
+        strategy.train(benchmark.train_stream[2])
+    starts = [line for line in text.getvalue().splitlines() if line.startswith("-- Starting")]
+    assert starts == [
+        f"-- Starting {phase} on experience {task} (Task {task}) from {stream} stream --"
+        for task, measured in enumerate(("test", "test", "valid"))
+        for phase, stream in (("eval", measured), ("training", "train"), ("eval", measured))
+    ]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_forward_transfer_begins_at_the_root(before: bool) -> None:
+    """Whether somebody evaluated before training or not: its first value is the root's, as Avalanche's is the model's
+    before training."""
+    spy = Spy()
+    with tiny_strategy(evaluator=evaluator_of([METRICS["forward_transfer"]()], spy), eval_every=0) as strategy:
+        learn(strategy, before=before)
+    found = [value for value in spy.said if value[0].startswith(("Experience", "Stream")) and value[1]]
+    with tiny_strategy(evaluator=evaluator_of([METRICS["accuracy"]()]), eval_every=0) as strategy:
+        results = learn(strategy)
+    names = [f"Top1_Acc_Exp/eval_phase/test_stream/Task{task:03d}/Exp{task:03d}" for task in range(3)]
+    start, first, second = (results[call] for call in (0, 2, 4))
+    gained = [after[names[task]] - start[names[task]] for task, after in ((1, first), (2, second))]
+    assert [value for name, _, value in found if name.startswith("Experience")] == pytest.approx(gained)
+    assert [value for name, _, value in found if name.startswith("Stream")][:2] == pytest.approx(
+        [gained[0], sum(gained) / 2]
+    )
+
+
+@pytest.mark.parametrize("metric", COMPARES_TASKS)
+def test_metrics_that_compare_tasks_are_named_where_they_are_silent(metric: str) -> None:
+    """With evaluation in training asked for; without it Avalanche, too, has only ``eval``."""
+    with pytest.warns(UserWarning, match="silent in training, .* call eval after each train"):
+        tiny_strategy(evaluator=evaluator_of([METRICS[metric]()]), eval_every=1).close()
+    if metric == "forward_transfer":
+        with pytest.raises(InputError, match="eval_every"):
+            tiny_strategy(evaluator=evaluator_of([METRICS[metric]()]))
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*silent in training")
+            tiny_strategy(evaluator=evaluator_of([METRICS[metric]()])).close()
 
 
 def test_checkpoints_of_an_expert_that_learns_without_forgetting() -> None:

@@ -28,19 +28,20 @@ class Notes(SupervisedPlugin):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-        self.task: Any = None
+        self.last: list[str] = []
 
     def _note(self, event: str, strategy: Any, **what: Any) -> None:
         at = [strategy.clock.train_exp_epochs, strategy.clock.train_exp_iterations]
-        with (self.folder / f"{self.task}.jsonl").open("a") as file:
+        with (self.folder / f"{strategy.experience.current_experience}.jsonl").open("a") as file:
             file.write(json.dumps({"event": event, "at": at, **what}) + "\n")
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """A task begins; in the first place of the list this comes before periodic evaluation."""
-        last = sorted(strategy.evaluator.get_last_metrics())
-        # The experience is not known yet; the file's name is the number of tasks before it.
-        self.task = strategy.clock.train_exp_counter
-        self._note("begin", strategy, last=last)
+        self.last = sorted(strategy.evaluator.get_last_metrics())
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Now the task is known."""
+        self._note("begin", strategy, last=self.last)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """An epoch begins, with this loader."""

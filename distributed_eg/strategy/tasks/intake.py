@@ -16,7 +16,15 @@ from distributed_eg.runtime.run import Run
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.tasks.data_identity import identity_of
-from distributed_eg.strategy.tasks.experiences import Part, parts_of, task_data, validation_of, with_label
+from distributed_eg.strategy.tasks.experiences import (
+    Part,
+    WorkerExperience,
+    parts_of,
+    rebuild,
+    task_data,
+    validation_of,
+    with_label,
+)
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
 
@@ -69,8 +77,8 @@ class Intake:
 
     def __post_init__(self) -> None:
         self._inputs = self._read()
-        # An experience, and the leaves that it ships, are held until its task is committed.
-        self._held: dict[TaskId, tuple[CLExperience, object]] = {}
+        # An experience, what its expert is measured on, and the leaves that it ships, until its task is committed.
+        self._held: dict[TaskId, tuple[CLExperience, list[WorkerExperience], object]] = {}
         newest = self.run.registry.newest.values()
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
@@ -86,9 +94,9 @@ class Intake:
 
     def committed(self, manifest: TaskManifest, log: Sequence[RecordedCallback] | None) -> None:
         """Replay what its expert's training logged, through the strategy's evaluator."""
-        experience, _leaves = self._held.pop(manifest.task)
-        self.strategy.experience = experience.logging()
-        replay(self.strategy, self.strategy.evaluator, KEPT if log is None else log)
+        experience, evaluations, _leaves = self._held.pop(manifest.task)
+        measured = [evaluation.logging() for evaluation in evaluations]
+        replay(self.strategy, KEPT if log is None else log, experience.logging(), measured)
 
     def _read(self) -> Iterator[TaskInput]:
         for experience in self.experiences:
@@ -113,7 +121,7 @@ class Intake:
         seed, fraction = self.method.seed, self.method.validation_fraction
         data = task_data(part, task, seed, fraction, valid=valid, evaluations=measured)
         shipped, leaves = self.run.shipper.ship(data, f"the dataset of experience {part.info.index}")
-        self._held[task] = (experience, leaves)
+        self._held[task] = (experience, [rebuild(info, dataset) for info, dataset in data.evaluations], leaves)
         identity = {**self.settings, "data": self._identity(part.dataset)}
         if valid is not None:
             identity["validation"] = self._identity(valid)

@@ -24,8 +24,9 @@ from torch import nn
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.shipping import PICKLE_ERRORS
 from distributed_eg.strategy.avalanche_types import Metric, Template
+from distributed_eg.strategy.metrics import COMPARING
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
-from distributed_eg.strategy.training.recording import RecordingLogger
+from distributed_eg.strategy.training.recording import RecordingLogger, heard_by
 
 FreshMetrics: TypeAlias = Sequence[tuple[Metric, bytes | None]]
 
@@ -45,6 +46,8 @@ class PackedStrategy:
     metrics: tuple[bytes | None, ...]
     collect_all: bool
     """The evaluator's own: whether it keeps every value."""
+    heard: frozenset[str]
+    """The callbacks that the evaluator's loggers act on."""
 
 
 def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMetrics) -> PackedStrategy:
@@ -62,8 +65,9 @@ def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMe
     except PICKLE_ERRORS as error:
         raise InputError(_why_it_cannot_travel(strategy, state, error)) from error
     known = {id(metric): packed for metric, packed in fresh_metrics}
-    metrics = (known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in strategy.evaluator.metrics)
-    return PackedStrategy(packed_class, packed_state, tuple(metrics), strategy.evaluator.collect_all)
+    evaluator = strategy.evaluator
+    metrics = tuple(known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in evaluator.metrics)
+    return PackedStrategy(packed_class, packed_state, metrics, evaluator.collect_all, heard_by(evaluator.loggers))
 
 
 def pack_metrics(strategy: Template) -> FreshMetrics:
@@ -73,6 +77,8 @@ def pack_metrics(strategy: Template) -> FreshMetrics:
 
 
 def _pack_metric(strategy: Template, metric: Metric) -> bytes | None:
+    if isinstance(metric, COMPARING):
+        return None
     try:
         return _dump(metric, strategy, _MetricPickler)
     except PICKLE_ERRORS as error:
@@ -89,7 +95,7 @@ def unpack(
     strategy: ExpertLoop = cls.__new__(cls)
     own: dict[str, object] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
     metrics = [None if metric is None else _Unpickler(metric, own, expert).load() for metric in packed.metrics]
-    recorder = RecordingLogger(metrics)
+    recorder = RecordingLogger(metrics, packed.heard)
     travelled = [metric for metric in metrics if metric is not None]
     own["evaluator"] = EvaluationPlugin(*travelled, loggers=[recorder], collect_all=packed.collect_all)
     vars(strategy).update(_Unpickler(packed.state, own, expert).load())

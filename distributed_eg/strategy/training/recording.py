@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metric_results import AlternativeValues, MetricType, MetricValue
 from avalanche.logging import BaseLogger
-from avalanche.training.plugins import EvaluationPlugin
 
 from distributed_eg.strategy.avalanche_types import Template
 
@@ -17,6 +18,7 @@ _TASK_LEVEL = ("before_training", "before_training_exp", "after_training_exp", "
 _LEVELS = ("training", "training_exp", "training_epoch", "eval", "eval_exp")
 _ALWAYS = {f"{when}_{level}" for when in ("before", "after") for level in _LEVELS}
 _ALWAYS |= {"after_training_iteration", "after_eval_iteration"}
+_CALLBACKS = frozenset(name for name in dir(SupervisedPlugin) if name.startswith(("before_", "after_")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class RecordedCallback:
     callback: str
     values: tuple[RecordedValue, ...]
     num_batches: int
+    measured: int = -1
+    """Which of the task's evaluations is measured; −1: none, the expert trains."""
 
 
 KEPT = tuple(RecordedCallback(callback, (), 0) for callback in _TASK_LEVEL)
@@ -43,13 +47,23 @@ KEPT = tuple(RecordedCallback(callback, (), 0) for callback in _TASK_LEVEL)
 and the clock, have to know that it was there."""
 
 
-class RecordingLogger(BaseLogger):
-    """Keeps every callback with its metric values, in order."""
+def heard_by(loggers: Iterable[object]) -> frozenset[str]:
+    """The callbacks that one of the loggers acts on: it has them, and not Avalanche's own, which do nothing."""
+    methods = ((name, getattr(logger, name, None)) for logger in loggers for name in _CALLBACKS)
+    return frozenset(n for n, method in methods if method and getattr(method, "__module__", "") != "avalanche.core")
 
-    def __init__(self, metrics: Sequence[object]) -> None:
+
+class RecordingLogger(BaseLogger):
+    """Keeps the callbacks that bring values or that somebody acts on, in order."""
+
+    def __init__(self, metrics: Sequence[object], heard: frozenset[str]) -> None:
         super().__init__()
         self.records: list[RecordedCallback] = []
         self.positions = {id(metric): position for position, metric in enumerate(metrics)}
+        self.evaluations: Mapping[tuple[str, int], int] = {}
+        """Where an experience stands among the task's evaluations, by stream and index."""
+        self._kept = _ALWAYS | heard
+        self._alike: dict[RecordedCallback, RecordedCallback] = {}
 
     def log_single_metric(self, name: str, value: object, x_plot: int) -> None:
         """Nothing: values come with their callback."""
@@ -59,24 +73,34 @@ class RecordingLogger(BaseLogger):
         return partial(self._record, name) if is_callback else super().__getattribute__(name)
 
     def _record(self, callback: str, strategy: Template, values: Sequence[MetricValue], **_: object) -> None:
-        if values or callback in _ALWAYS:
-            of = self.positions
-            kept = tuple(RecordedValue(of.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
-            loader = strategy.dataloader
-            self.records.append(RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0))
+        if not values and callback not in self._kept:
+            return
+        of, loader, experience = self.positions, strategy.dataloader, strategy.experience
+        kept = tuple(RecordedValue(of.get(id(v.origin), -1), v.name, v.value, v.x_plot) for v in values)
+        measured = -1
+        if experience is not None and not strategy.is_training:
+            measured = self.evaluations.get((experience.origin_stream.name, experience.current_experience), -1)
+        record = RecordedCallback(callback, kept, len(loader) if isinstance(loader, Sized) else 0, measured)
+        # Those without values are one object: a long log of them is short on its way to the driver.
+        self.records.append(record if kept else self._alike.setdefault(record, record))
 
 
-def replay(strategy: Template, evaluator: EvaluationPlugin, records: Sequence[RecordedCallback]) -> None:
+def replay(
+    strategy: Template, records: Sequence[RecordedCallback], trained: CLExperience, evaluations: Sequence[CLExperience]
+) -> None:
     """Publish recorded values through the user's evaluator, at the driver's position, and tell its loggers.
+
+    They see the experience that was ``trained``, or the one of the task's ``evaluations`` that was measured.
 
     The driver's own metrics also get the four task-level callbacks, so that what they remember of the sequence
     (forgetting, transfer) stays right; what they would emit there was emitted on the worker already.
     """
-    offset = strategy.clock.train_iterations
+    evaluator, offset = strategy.evaluator, strategy.clock.train_iterations
     metrics = [*evaluator.metrics, None]  # at −1 what stands for no metric
     for record in records:
         strategy.dataloader = range(record.num_batches)
         strategy.is_training = "_eval" not in record.callback
+        strategy.experience = trained if record.measured < 0 else evaluations[record.measured]
         if record.callback in _TASK_LEVEL:
             for metric in evaluator.metrics:
                 getattr(metric, record.callback, lambda _strategy: None)(strategy)

@@ -31,7 +31,7 @@ from distributed_eg.store.checkpoints import encode
 from distributed_eg.strategy.avalanche_types import Template
 from distributed_eg.strategy.training.recording import RecordedCallback, RecordedValue
 
-_LAYOUT = "layout 2"
+_LAYOUT = "layout 3"
 """Other than in any earlier version whose checkpoints held something else."""
 _DONE_WITH = frozenset({"mbatch", "mb_output", "loss", "current_eval_stream", "_checkpointing"})
 """Attributes of the strategy that mean nothing between two epochs."""
@@ -282,7 +282,7 @@ def _pack_records(records: Sequence[RecordedCallback]) -> dict[str, Any]:
     sequence: list[int] = []
     for record in records:
         values = tuple((value.metric, value.name, type(value.value) is float) for value in record.values)
-        sequence.append(kinds.setdefault((record.callback, record.num_batches, values), len(kinds)))
+        sequence.append(kinds.setdefault((record.callback, record.num_batches, record.measured, values), len(kinds)))
     everything = [value for record in records for value in record.values]
     for value in everything:
         if type(value.x) is not int:
@@ -301,7 +301,7 @@ def _unpack_records(packed: dict[str, Any]) -> list[RecordedCallback]:
     xs, floats, others = iter(packed["xs"].tolist()), iter(packed["floats"].tolist()), iter(packed["others"].values())
     records = []
     for position in packed["sequence"].tolist():
-        callback, num_batches, kinds = packed["kinds"][position]
+        callback, num_batches, measured, kinds = packed["kinds"][position]
         values = (RecordedValue(m, name, next(floats if is_float else others), next(xs)) for m, name, is_float in kinds)
-        records.append(RecordedCallback(callback, tuple(values), num_batches))
+        records.append(RecordedCallback(callback, tuple(values), num_batches, measured))
     return records

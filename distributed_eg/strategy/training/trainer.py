@@ -38,9 +38,10 @@ class StrategyTrainer:
         """
         width = max(job.classes) + 1
         model = SingleExpert(job.network, job.classes, width, freeze_norm=job.method.freeze_norm)
-        clock = Clock()
-        clock.train_exp_counter = job.task
-        strategy, recorder = unpack(self.packed, model, job.network, clock)
+        # Its clock starts at 0: how many iterations the tasks before it take may not be known yet, and plugins that
+        # remember would look for what they kept of those.
+        strategy, recorder = unpack(self.packed, model, job.network, Clock())
+        recorder.evaluations = {(i.stream, i.index): at for at, (i, _) in enumerate(job.data.evaluations)}
         distillation = _begin_distillation(job, strategy.optimizer)
         strategy.optimizer.state.clear()
         rules = _ExpertRules(job, distillation)

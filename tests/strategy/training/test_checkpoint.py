@@ -22,7 +22,7 @@ from avalanche.evaluation.metrics import Mean, accuracy_metrics, loss_metrics
 from avalanche.training.plugins import (
     EarlyStoppingPlugin,
     EvaluationPlugin,
-    GSS_greedyPlugin,
+    GEMPlugin,
     LRSchedulerPlugin,
     SynapticIntelligencePlugin,
 )
@@ -225,7 +225,7 @@ def test_early_stopping(stages: Any, patience: int, stops: tuple[int, ...], epoc
 
 @pytest.mark.filterwarnings("ignore:.* of earlier tasks, but each expert learns one task:UserWarning")
 def test_another_plugin_of_avalanches(stages: Any) -> None:
-    require_resumed(stages(plugins=[GSS_greedyPlugin(input_size=[*SHAPE])]), 2)
+    require_resumed(stages(plugins=[GEMPlugin(8, 0.5)]), 2)
 
 
 class Averager(SupervisedPlugin):

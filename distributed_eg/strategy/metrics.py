@@ -190,17 +190,21 @@ def check_comparing(metrics: Sequence[Metric], eval_every: int) -> None:
 def measure_start(
     strategy: Template, asked: Sequence[tuple[CLExperience, LabelledDataset]], loader_args: Mapping[str, object]
 ) -> None:
-    """Give metrics of forward transfer that saw no evaluation before training what it would have said: the root is as
-    it was then."""
-    new = [m for m in strategy.evaluator.metrics if isinstance(m, GenericExperienceForwardTransfer) and m.at_init]
+    """Give metrics of forward transfer what an evaluation before training would have told them of experiences that they
+    have not seen yet: the root is as it was then."""
+    metrics = [metric for metric in strategy.evaluator.metrics if isinstance(metric, GenericExperienceForwardTransfer)]
+    known = [metric.forward_transfer.initial for metric in metrics]
+    new = [pair for pair in asked if any(pair[0].current_experience not in initial for initial in known)]
 
     def tell(callback: str) -> None:
-        for metric in new:
+        for metric in metrics:
             getattr(metric, callback)(strategy)
 
     if new:
+        for metric in metrics:
+            metric.at_init = True
         tell("before_eval")
-        for experience, strategy.adapted_dataset in asked:
+        for experience, strategy.adapted_dataset in new:
             strategy.make_eval_dataloader(**loader_args)
             strategy.experience = experience.logging()
             tell("before_eval_exp")

@@ -15,7 +15,7 @@ from avalanche.training import plugins as avalanche
 from avalanche.training.losses import ICaRLLossPlugin, MaskedCrossEntropy
 
 from distributed_eg.errors import InputError
-from distributed_eg.strategy.avalanche_types import Template
+from distributed_eg.strategy.avalanche_types import Plugin, Template
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,17 @@ def refuse_unfit(plugins: Iterable[object]) -> None:
                 raise InputError(f"{name} has {attribute}={value}, but experts carry nothing on: {why}.")
 
 
-def warn_of_memory(plugins: Iterable[object]) -> None:
-    """Name the plugins that start empty with each expert."""
-    for plugin in plugins:
+def checked(plugins: object) -> list[Plugin]:
+    """A strategy's plugins, and a warning of those that start empty with each expert.
+
+    Raises:
+        InputError: they are no list, or one of them cannot do its work here.
+    """
+    if not isinstance(plugins, Iterable | None):
+        raise InputError(f"plugins is one {type(plugins).__name__}; give a list.")
+    members = list(plugins or ())
+    refuse_unfit(members)
+    for plugin in members:
         found = _look_up(plugin)
         if isinstance(found, StartsEmpty):
             warnings.warn(
@@ -159,6 +167,7 @@ def warn_of_memory(plugins: Iterable[object]) -> None:
                 "starts empty with every task and has nothing to add.",
                 stacklevel=4,
             )
+    return members
 
 
 def warn_of_clock(strategy: Template) -> None:

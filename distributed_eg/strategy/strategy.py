@@ -28,7 +28,7 @@ from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.strategy.plugin_table import refuse_unfit, warn_of_clock, warn_of_memory, warn_of_unmeasured
+from distributed_eg.strategy.plugin_table import checked, refuse_unfit, warn_of_clock, warn_of_unmeasured
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
@@ -93,8 +93,9 @@ class ExpertGateStrategy(ExpertLoop):
             train_epochs: epochs of an expert's training.
             eval_mb_size: mini-batch size of evaluation; None is ``train_mb_size``.
             device: None is the GPU that a worker is given, else the CPU.
-            plugins: run around each expert's training, each task with its own copy.
-            evaluator: metrics and loggers; None for none.
+            plugins: run around each expert's training, each task with its own copy and a clock that starts at 0;
+                ``strategy/plugin_table.py`` says what becomes of Avalanche's.
+            evaluator: metrics and loggers; None for none. Metrics that compare tasks speak in ``eval`` only.
             eval_every: as in Avalanche; inside training it measures the expert that trains, without the gate.
             ae_train_mb_size: mini-batch size of an autoencoder's training ("sgd" only, like the two below).
             ae_train_epochs: epochs of an autoencoder's training.
@@ -132,8 +133,7 @@ class ExpertGateStrategy(ExpertLoop):
         )
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
-        refuse_unfit(plugins or ())
-        warn_of_memory(plugins or ())
+        plugins = checked(plugins)
         self.method = MethodConfig(
             autoencoder=autoencoder,
             temp=temp,

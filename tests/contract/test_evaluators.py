@@ -330,6 +330,19 @@ def test_forward_transfer_begins_at_the_root(before: bool) -> None:
     )
 
 
+def test_forward_transfer_of_experiences_that_come_later() -> None:
+    """Avalanche knows no first value of what its first evaluation left out, and fails."""
+    benchmark, evaluator = three_tasks(), evaluator_of([METRICS["forward_transfer"]()])
+    with tiny_strategy(evaluator=evaluator, eval_every=0) as strategy:
+        strategy.train(benchmark.train_stream[0])
+        strategy.eval(benchmark.test_stream[0])
+        strategy.train(benchmark.train_stream[1])
+        answer = strategy.eval(benchmark.test_stream)
+    assert [name for name in answer if name.startswith("ExperienceForward")] == [
+        "ExperienceForwardTransfer/eval_phase/test_stream/Task002/Exp002"
+    ]
+
+
 @pytest.mark.parametrize("metric", COMPARES_TASKS)
 def test_metrics_that_compare_tasks_are_named_where_they_are_silent(metric: str) -> None:
     """With evaluation in training asked for; without it Avalanche, too, has only ``eval``."""

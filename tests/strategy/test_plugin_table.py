@@ -90,7 +90,7 @@ def test_every_plugin_that_avalanche_exports_is_in_the_table() -> None:
     "cls", [cls for cls in NAMED if not isinstance(PLUGINS[cls], Refused)], ids=lambda c: c.__name__
 )
 @pytest.mark.filterwarnings("ignore:EarlyStoppingPlugin waits:UserWarning")
-@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Call to deprecated function update:DeprecationWarning")
 def test_what_runs_trains_two_tasks(cls: type, without: list[tuple[str, str]]) -> None:
     """One that starts empty says so, and its experts are what they are without it, bit for bit."""
     with warnings.catch_warnings(record=True) as caught:
@@ -142,9 +142,14 @@ def test_one_that_is_added_later_is_refused_before_training() -> None:
         assert strategy.run_dir is None
 
 
-def test_a_class_in_place_of_a_plugin() -> None:
+def test_what_is_no_list_of_plugins() -> None:
     with pytest.raises(InputError, match="the class MyReplay; give an instance"):
         tiny_strategy(plugins=[MyReplay])
+    with pytest.raises(InputError, match="one ReadsClock; give a list"):
+        tiny_strategy(plugins=ReadsClock())
+    generated = [ReplayPlugin(), ReplayPlugin()]
+    with tiny_strategy(plugins=(plugin for plugin in generated)) as strategy:
+        assert strategy.plugins[:2] == generated
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ PLUGINS: Mapping[type, Works | Refused] = {
     # What Avalanche has elsewhere.
     MaskedCrossEntropy: Refused(
         "it masks by dataset class ids what reaches a criterion here as the task's own classes",
-        "leave it out: an expert's loss is over its own classes anyway",
+        "give CrossEntropyLoss(): an expert's loss is over its own classes anyway",
     ),
     ICaRLLossPlugin: Refused("it needs the model of the task before, and outputs for the classes of all tasks"),
     PackNetPlugin: Refused("it prunes one network for all tasks; here each task has its own"),
@@ -132,34 +132,39 @@ _SEQUENCE = frozenset({"train_exp_counter", "train_iterations", "total_iteration
 """What of the clock counts over the whole sequence in Avalanche, and over one expert's training here."""
 
 
-def refuse_unfit(plugins: Iterable[object]) -> None:
-    """Refuse plugins that cannot do their work here.
+def as_list(plugins: object) -> list[Plugin]:
+    """What a user gave as plugins.
+
+    Raises:
+        InputError: it is no list.
+    """
+    if not isinstance(plugins, Iterable | None):
+        raise InputError(f"plugins is one {type(plugins).__name__}; give a list.")
+    return list(plugins or ())
+
+
+def refuse_unfit(strategy: Template) -> None:
+    """Refuse plugins, or a criterion that is one, that cannot do their work here.
 
     Raises:
         InputError: the first of them, why, and what to do instead.
     """
-    for plugin in plugins:
+    for plugin in strategy.plugins:
         if isinstance(plugin, type):
             raise InputError(f"plugins holds the class {plugin.__name__}; give an instance of it.")
         found, name = _look_up(plugin), type(plugin).__name__
-        if isinstance(found, Refused):
+        if isinstance(found, Refused) and id(plugin) != id(strategy.evaluator):
             raise InputError(f"{name} cannot work where experts learn alone: {found.why}; {found.instead}.")
         for attribute, (value, why) in found.but_for.items() if isinstance(found, Works) else ():
             if getattr(plugin, attribute, not value) == value:
-                raise InputError(f"{name} has {attribute}={value}, but experts carry nothing on: {why}.")
+                raise InputError(
+                    f"{name} has {attribute}={value}, but experts learn alone: {why}. Set it to {not value}."
+                )
 
 
-def checked(plugins: object) -> list[Plugin]:
-    """A strategy's plugins, and a warning of those that start empty with each expert.
-
-    Raises:
-        InputError: they are no list, or one of them cannot do its work here.
-    """
-    if not isinstance(plugins, Iterable | None):
-        raise InputError(f"plugins is one {type(plugins).__name__}; give a list.")
-    members = list(plugins or ())
-    refuse_unfit(members)
-    for plugin in members:
+def warn_of_memory(strategy: Template) -> None:
+    """Name the plugins that start empty with each expert."""
+    for plugin in strategy.plugins:
         found = _look_up(plugin)
         if isinstance(found, StartsEmpty):
             warnings.warn(
@@ -167,7 +172,6 @@ def checked(plugins: object) -> list[Plugin]:
                 "starts empty with every task and has nothing to add.",
                 stacklevel=4,
             )
-    return members
 
 
 def warn_of_clock(strategy: Template) -> None:

@@ -28,7 +28,13 @@ from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.strategy.plugin_table import checked, refuse_unfit, warn_of_clock, warn_of_unmeasured
+from distributed_eg.strategy.plugin_table import (
+    as_list,
+    refuse_unfit,
+    warn_of_clock,
+    warn_of_memory,
+    warn_of_unmeasured,
+)
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
@@ -133,7 +139,6 @@ class ExpertGateStrategy(ExpertLoop):
         )
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
-        plugins = checked(plugins)
         self.method = MethodConfig(
             autoencoder=autoencoder,
             temp=temp,
@@ -162,11 +167,13 @@ class ExpertGateStrategy(ExpertLoop):
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
             device=checks.driver_device(device),
-            plugins=plugins,
+            plugins=as_list(plugins),
             evaluator=evaluator,  # type: ignore[arg-type]  # Avalanche takes None, too
             eval_every=eval_every,
             **base_kwargs,
         )
+        refuse_unfit(self)
+        warn_of_memory(self)
         warn_of_clock(self)
         check_comparing(self.evaluator.metrics, eval_every)
         self.routed: RoutedBatch | None = None
@@ -226,7 +233,7 @@ class ExpertGateStrategy(ExpertLoop):
             RunInUseError: another driver works on that run.
         """
         driver = self._driver
-        refuse_unfit(plugin for plugin in self.plugins if id(plugin) != id(self.evaluator))
+        refuse_unfit(self)
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)

@@ -90,7 +90,6 @@ def test_every_plugin_that_avalanche_exports_is_in_the_table() -> None:
     "cls", [cls for cls in NAMED if not isinstance(PLUGINS[cls], Refused)], ids=lambda c: c.__name__
 )
 @pytest.mark.filterwarnings("ignore:EarlyStoppingPlugin waits:UserWarning")
-@pytest.mark.filterwarnings("ignore:Call to deprecated function update:DeprecationWarning")
 def test_what_runs_trains_two_tasks(cls: type, without: list[tuple[str, str]]) -> None:
     """One that starts empty says so, and its experts are what they are without it, bit for bit."""
     with warnings.catch_warnings(record=True) as caught:
@@ -110,6 +109,12 @@ def test_what_cannot_work_is_refused_with_the_reason(cls: type) -> None:
     assert str(caught.value).startswith(f"{cls.__name__} cannot work")
     assert entry.why in str(caught.value)
     assert entry.instead in str(caught.value)
+
+
+def test_a_criterion_that_is_a_plugin_too() -> None:
+    """Avalanche takes it for both."""
+    with pytest.raises(InputError, match=r"MaskedCrossEntropy cannot work .* give CrossEntropyLoss\(\)"):
+        tiny_strategy(criterion=MaskedCrossEntropy())
 
 
 class MyGDumb(avalanche.GDumbPlugin):
@@ -166,7 +171,7 @@ def test_a_schedule_over_several_tasks_is_refused(setting: dict[str, bool], why:
     optimizer = torch.optim.SGD(model.expert.parameters(), lr=0.05)
     plugin = LRSchedulerPlugin(StepLR(optimizer, 1), **setting)
     ((name, value),) = setting.items()
-    with pytest.raises(InputError, match=f"LRSchedulerPlugin has {name}={value}.*{why}"):
+    with pytest.raises(InputError, match=f"LRSchedulerPlugin has {name}={value}.*{why}.*Set it to {not value}"):
         tiny_strategy(model=model, optimizer=optimizer, plugins=[plugin])
 
 

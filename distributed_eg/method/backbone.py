@@ -6,7 +6,6 @@ import importlib
 import pickle
 import urllib.error
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,11 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distributed_eg.errors import BackboneError
-from distributed_eg.method.expert import find_head
+from distributed_eg.method.head import input_dtype, told, trial
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
-# What networks say to images that they cannot take: torch's own errors, and the checks of vision transformers.
-_SHAPE_ERRORS = (RuntimeError, AssertionError, ValueError, IndexError)
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 """GoogLeNet's and Inception's auxiliary heads, which are never used here."""
 
@@ -86,8 +83,8 @@ class Backbone(nn.Module):
         self.network = network
         self.layer = layer
         self.shape = shape
-        with _trial(network, shape) as image:
-            output = self._activations(image)
+        with trial(network, shape) as image:
+            output = _activations(network, layer, image)
         if not isinstance(output, Tensor) or output.numel() == 0:
             raise BackboneError(f"The layer {layer!r} gives no features for images of shape {shape}.")
         self.feature_shape = tuple(output.shape[1:])
@@ -106,36 +103,41 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Features of ``images`` (n, channels, height, width), flattened: (n, num_features) float32."""
-        return self._activations(images).flatten(1).float()
+        return features_at(self.network, self.layer, images)
 
-    def _activations(self, images: Tensor) -> Tensor:
-        captured: list[Tensor] = []
 
-        def capture(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            captured.append(output)
-            raise _FeaturesReached
+def features_at(network: nn.Module, layer: str, images: Tensor) -> Tensor:
+    """The output of ``layer`` for ``images`` (n, channels, height, width), flattened: (n, num_features) float32."""
+    return _activations(network, layer, images).flatten(1).float()
 
-        # The hook lives for one call: nothing stays on the network, so copies of it never share an output.
-        handle = self.network.get_submodule(self.layer).register_forward_hook(capture)
-        try:
-            self.network(images)
-        except _FeaturesReached:
-            return captured[0]
-        finally:
-            handle.remove()
-        raise BackboneError(f"The backbone's layer {self.layer!r} is not part of its forward pass.")
+
+def _activations(network: nn.Module, layer: str, images: Tensor) -> Tensor:
+    captured: list[Tensor] = []
+
+    def capture(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        captured.append(output)
+        raise _FeaturesReached
+
+    # The hook lives for one call: nothing stays on the network, so copies of it never share an output.
+    handle = network.get_submodule(layer).register_forward_hook(capture)
+    try:
+        network(images.to(input_dtype(network)))
+    except _FeaturesReached:
+        return captured[0]
+    finally:
+        handle.remove()
+    raise BackboneError(f"The backbone's layer {layer!r} is not part of its forward pass.")
 
 
 class _FeaturesReached(Exception):
     """Leaves the network's forward pass as soon as the features are there: a signal, not an error."""
 
 
-def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
+def last_feature_layer(network: nn.Module, head: str, shape: tuple[int, int, int]) -> str:
     """Name of the last layer below the top, before any pooling and before the head, whose output still has positions
     (n, c, …)."""
     found: list[str] = []
     handles = []
-    head = find_head(network)
     for name, child in _layers(network):
         with_head = head == name or head.startswith(name + ".")
         if with_head or "Pool" in type(child).__name__ or len(dict(child.named_parameters())) == 0:
@@ -147,7 +149,7 @@ def last_feature_layer(network: nn.Module, shape: tuple[int, int, int]) -> str:
 
         handles.append(child.register_forward_hook(note))
     try:
-        with _trial(network, shape) as image:
+        with trial(network, shape) as image:
             network(image)
     finally:
         for handle in handles:
@@ -166,28 +168,6 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{inner}", layer) for inner, layer in child.named_children())
         else:
             yield name, child
-
-
-@contextmanager
-def _trial(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    """A black image for the network in eval mode; afterwards every module has the mode that it had."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield torch.zeros(1, *shape, device=next(network.parameters(), torch.zeros(0)).device)
-    except _SHAPE_ERRORS as error:
-        raise BackboneError(
-            f"The backbone {type(network).__name__} cannot take images of shape {shape} ({_first_line(error)}); "
-            "give shape= as (channels, height, width) of the images after their transforms."
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _is_path(weights: str) -> bool:
@@ -214,7 +194,7 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) ->
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise BackboneError(
             f"The pretrained weights {member} of {arch} are neither in torchvision's cache nor to be downloaded "
-            f"({_first_line(error)}); give weights= the path of a state dict, or pretrained_flag=False for random ones."
+            f"({told(error)}); give weights= the path of a state dict, or pretrained_flag=False for random ones."
         ) from error
     return network
 

@@ -8,35 +8,39 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from distributed_eg.method.expert import find_head, get_head, set_head
+from distributed_eg.method.expert import logits_of
 
 
 class Distillation:
     """Keeps the parent's old head beside a student's new one while the student trains.
 
-    The student still answers with its new head alone; the old head's outputs of the last forward pass with gradients
-    stay here until ``loss`` is asked for.
+    The student's layers stay what they are, and it answers with its new head alone: in each forward pass both heads'
+    outputs go side by side through what follows the head, and the old one's stay here until ``loss`` is asked for.
 
     Args:
-        student: the network in training; changed in place until ``detach``.
-        teacher: the parent's network, frozen; it is put in eval mode.
+        student: the network in training; it has hooks of this until ``detach``.
+        teacher: the parent's network; it is put in eval mode.
+        head: name of both networks' head.
         weight: λ, 1 in Li & Hoiem.
         temp: temperature of the soft targets, 2 in the paper.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, *, weight: float, temp: float) -> None:
-        self.student = student
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(self, student: nn.Module, teacher: nn.Module, head: str, *, weight: float, temp: float) -> None:
+        self.teacher = teacher.eval()
         self.weight = weight
         self.temp = temp
-        self.head_name = find_head(student)
-        self.head = get_head(student, self.head_name)
-        self.old_head = copy.deepcopy(get_head(teacher, self.head_name)).requires_grad_(True)
-        self._num_new = len(self.head.weight)
+        self.head = student.get_submodule(head)
+        self.old_head = copy.deepcopy(teacher.get_submodule(head)).requires_grad_(True)
+        self._num_new = len(self.head.get_parameter("weight"))
         self._old_logits: Tensor | None = None
-        set_head(student, self.head_name, _TwoHeads(self.head, self.old_head))
-        self._hook = student.register_forward_hook(self._split)
+        self._both: RemovableHandle | None = None
+        # The first hook after the forward pass, so that others see the new head's outputs only.
+        self._hooks = [
+            student.register_forward_pre_hook(self._begin),
+            student.register_forward_hook(self._split, prepend=True),
+        ]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The old head's parameters, which train beside the student's."""
@@ -46,36 +50,39 @@ class Distillation:
         """λ · distillation loss of the student's last forward pass, which must have been on ``images``."""
         assert self._old_logits is not None, "the student has made no forward pass with gradients"
         with torch.no_grad():
-            targets = self.teacher(images)
+            targets = logits_of(self.teacher, images)
         loss = self.weight * distillation_loss(self._old_logits, targets, self.temp)
         self._old_logits = None
         return loss
 
     def detach(self) -> None:
-        """Give the student its single head back."""
-        self._hook.remove()
-        set_head(self.student, self.head_name, self.head)
+        """Leave the student."""
+        for hook in self._hooks:
+            hook.remove()
+        self._end()
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the last pass's outputs: a student that is copied in training takes this along through its hook."""
+        """Without the last pass's outputs: a student that is copied in training takes this along through its hooks."""
         return {**self.__dict__, "_old_logits": None}
 
+    def _begin(self, _module: nn.Module, _inputs: object) -> None:
+        self._end()  # of a pass that failed
+        # The head's last hook, so that those of others see the new head's outputs only.
+        self._both = self.head.register_forward_hook(self._side_by_side)
+
+    def _end(self) -> None:
+        if self._both is not None:
+            self._both.remove()
+            self._both = None
+
+    def _side_by_side(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.cat([output, self.old_head.train(self.head.training)(*inputs)], dim=1)
+
     def _split(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        self._end()
         if torch.is_grad_enabled():
-            self._old_logits = output[:, self._num_new :]
+            self._old_logits = output[:, self._num_new :].float()
         return output[:, : self._num_new]
-
-
-class _TwoHeads(nn.Module):
-    """Both heads on the same input, outputs side by side, so that whatever follows the head acts on both."""
-
-    def __init__(self, new: nn.Module, old: nn.Module) -> None:
-        super().__init__()
-        self.new = new
-        self.old = old
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.cat([self.new(inputs), self.old(inputs)], dim=1)
 
 
 def distillation_loss(logits: Tensor, targets: Tensor, temp: float) -> Tensor:

@@ -9,78 +9,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distributed_eg.errors import BackboneError
-
-Head = nn.Linear | nn.Conv2d
+from distributed_eg.method.head import input_dtype, new_head, set_head
 
 
-def find_head(network: nn.Module) -> str:
-    """Dotted name of the network's head: its last linear layer, or its last convolution where there is none
-    (SqueezeNet).
-
-    Raises:
-        BackboneError: there is neither.
-    """
-    for kind in (nn.Linear, nn.Conv2d):
-        names: list[str] = [name for name, module in network.named_modules() if isinstance(module, kind)]
-        if names:
-            return names[-1]
-    raise BackboneError(
-        f"The backbone {type(network).__name__} has neither a linear layer nor a convolution that could be its head."
-    )
-
-
-def get_head(network: nn.Module, name: str) -> Head:
-    """The head of ``network``; ``name`` as ``find_head`` gives it."""
-    module = network.get_submodule(name)
-    assert isinstance(module, nn.Linear | nn.Conv2d)
-    return module
-
-
-def set_head(network: nn.Module, name: str, head: nn.Module) -> None:
-    """Put ``head`` in the place of the network's head."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, head)
-
-
-def new_head(like: Head, num_classes: int) -> Head:
-    """A freshly initialised head as ``like``, with ``num_classes`` outputs; draws from torch's global generator."""
-    if isinstance(like, nn.Linear):
-        return nn.Linear(like.in_features, num_classes, bias=like.bias is not None)
-    # Torch's types say of what a convolution keeps less than of what it takes.
-    return nn.Conv2d(
-        like.in_channels,
-        num_classes,
-        kernel_size=like.kernel_size,  # type: ignore[arg-type]
-        stride=like.stride,  # type: ignore[arg-type]
-        padding=like.padding,  # type: ignore[arg-type]
-        bias=like.bias is not None,
-    )
-
-
-def derive_expert(parent: nn.Module, num_classes: int, seed: int) -> nn.Module:
+def derive_expert(parent: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
     """A copy of ``parent`` on the CPU with a fresh head for ``num_classes``, all of it trainable (section 3.3 of the
-    paper)."""
+    paper); ``head`` as ``find_head`` gives it."""
     expert = copy.deepcopy(parent).cpu()
-    name = find_head(expert)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        set_head(expert, name, new_head(get_head(expert, name), num_classes))
+        set_head(expert, head, new_head(expert.get_submodule(head), num_classes))
     return expert.requires_grad_(True)
 
 
-def continue_expert(before: nn.Module, classes_before: Sequence[int], classes: Sequence[int], seed: int) -> nn.Module:
+def continue_expert(
+    before: nn.Module, head: str, classes_before: Sequence[int], classes: Sequence[int], seed: int
+) -> nn.Module:
     """A copy of a task's earlier expert for ``classes``, which include its own: the head keeps what it knows of those,
     and has fresh rows for the others."""
-    expert = derive_expert(before, len(classes), seed)
-    name = find_head(expert)
-    old, new = get_head(before, name), get_head(expert, name)
+    expert = derive_expert(before, head, len(classes), seed)
+    old = before.get_submodule(head)
     rows = [list(classes).index(c) for c in classes_before]
     with torch.no_grad():
-        new.weight[rows] = old.weight.cpu()
-        if new.bias is not None and old.bias is not None:
-            new.bias[rows] = old.bias.cpu()
+        for name, value in expert.get_submodule(head).named_parameters(recurse=False):
+            earlier = old.get_parameter(name).cpu()
+            # What has no row a class is one for all of them, such as a scale.
+            value[rows if len(earlier) == len(rows) else ...] = earlier
     return expert
+
+
+def train_as(expert: nn.Module, root: nn.Module, head: str) -> None:
+    """Let the expert's parameters learn where the user lets the root's; the fresh head always does."""
+    kept = {name: parameter.requires_grad for name, parameter in root.named_parameters()}
+    for name, parameter in expert.named_parameters():
+        parameter.requires_grad_(kept.get(name, True) or name.startswith(f"{head}."))
+
+
+def logits_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Logits (n, classes) in float32, whatever type the network computes in."""
+    logits: Tensor = network(images.to(input_dtype(network)))
+    return logits.float()
 
 
 def freeze_norm(network: nn.Module) -> None:

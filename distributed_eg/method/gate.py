@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_eg.method.autoencoder import Autoencoder, AutoencoderStack, stack_autoencoders
+from distributed_eg.method.expert import logits_of
 from distributed_eg.method.standardize import Statistics, standardize
 from distributed_eg.types import TaskId
 
@@ -95,7 +96,7 @@ def combine_experts(
     for task, weight in weights.items():
         expert = expert_of(task)
         rows = weight.nonzero().flatten()
-        answers = torch.softmax(expert.network(images[rows]).float(), dim=1) * weight[rows, None]
+        answers = torch.softmax(logits_of(expert.network, images[rows]), dim=1) * weight[rows, None]
         columns = torch.tensor(expert.classes, device=images.device)
         probabilities[rows[:, None], columns] += answers
     floor = torch.tensor(ABSENT_LOG_PROBABILITY, device=images.device)

@@ -26,7 +26,8 @@ from distributed_eg.types import TaskId, TransferChoice
 class WorkerSetup:
     """What a worker is made from.
 
-    ``root`` ships the root network, ``feature_layer`` and ``shape`` cut the backbone off it. ``run_id`` and
+    ``root`` ships the root network, ``head`` is the name of its head, ``feature_layer`` and ``shape`` cut the backbone
+    off it. ``run_id`` and
     ``generation``, the driver's number in the run's lease, name this driver's scratch folder on each node.
     """
 
@@ -34,6 +35,7 @@ class WorkerSetup:
     run_id: str
     generation: int
     root: Shipped
+    head: str
     feature_layer: str
     shape: tuple[int, int, int]
     method: MethodConfig
@@ -93,15 +95,16 @@ class TaskInput:
 class ExpertJob:
     """What a trainer is given on the worker.
 
-    ``network`` is the expert to train, ``teacher`` the parent's network where it learns without forgetting.
-    ``is_stopping`` tells, between batches, whether the driver was told to stop. ``checkpoints`` is where its training
-    is kept every ``checkpoint_every_s``; None: nowhere.
+    ``network`` is the expert to train, ``head`` the name of its head, ``teacher`` the parent's network where it learns
+    without forgetting. ``is_stopping`` tells, between batches, whether the driver was told to stop. ``checkpoints`` is
+    where its training is kept every ``checkpoint_every_s``; None: nowhere.
     """
 
     task: TaskId
     label: int
     classes: tuple[int, ...]
     network: nn.Module
+    head: str
     teacher: nn.Module | None
     data: TaskData
     experience: ExperienceInfo

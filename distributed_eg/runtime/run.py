@@ -32,7 +32,7 @@ from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.records import RunRecord, StatisticsRecord
 from distributed_eg.store.registry import Registry
-from distributed_eg.store.storage import Storage, artifact_of
+from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.store.weights import pack_tensors
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,14 @@ _ATTEMPTS_PER_DRIVER = 10**9
 
 @dataclass(frozen=True)
 class Root:
-    """The pretrained network that experts are copies of, where the backbone ends in it, and for images of what shape.
+    """The pretrained network that experts are copies of, its head, where the backbone ends in it, for images of what
+    shape.
 
     ``described`` tells one root from another, as JSON values.
     """
 
     network: nn.Module
+    head: str
     feature_layer: str
     shape: tuple[int, int, int]
     described: Mapping[str, object]
@@ -63,6 +65,7 @@ class Run:
         lease: the right to write it.
         engine: where requests run; started.
         setup: what its workers are made from.
+        backbone: what the run's record says of it.
         observer: told of every stage that starts or ends.
         is_new: whether the storage held no run before.
     """
@@ -73,6 +76,7 @@ class Run:
         lease: Lease,
         engine: Engine,
         setup: WorkerSetup,
+        backbone: Mapping[str, object],
         observer: Observer | None,
         *,
         is_new: bool,
@@ -81,6 +85,7 @@ class Run:
         self._lease = lease
         self._engine = engine
         self._setup = setup
+        self._backbone = backbone
         self._observer = observer
         self._is_new = is_new
         # Numbers of a later driver lie above all that an earlier one can have given out.
@@ -117,8 +122,7 @@ class Run:
         """
         uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
         path, weights = pack_tensors("root", root.network.state_dict())
-        described = {**root.described, "root": asdict(artifact_of(path, weights))}
-        wanted = _record(cluster, method, root, described, settings)
+        wanted = _record(cluster, method, root, artifact_of(path, weights), settings)
         with contextlib.ExitStack() as undo:
             if cluster.storage is None:
                 undo.callback(shutil.rmtree, uri, ignore_errors=True)
@@ -135,9 +139,18 @@ class Run:
             storage.write(path, weights)
             shipped, _ = engine.shipper.ship(root.network, "the backbone")
             setup = WorkerSetup(
-                uri, run_id, lease.generation, shipped, root.feature_layer, root.shape, method, cluster, device
+                uri,
+                run_id,
+                lease.generation,
+                shipped,
+                root.head,
+                root.feature_layer,
+                root.shape,
+                method,
+                cluster,
+                device,
             )
-            run = Run(storage, lease, engine, setup, observer, is_new=known is None)
+            run = Run(storage, lease, engine, setup, wanted.backbone, observer, is_new=known is None)
             if known is None:
                 # Last: a run that could not be started is none, and its storage can be used again.
                 records.seal(storage, wanted)
@@ -148,6 +161,10 @@ class Run:
     def shipper(self) -> Shipper:
         """Ships datasets to the workers."""
         return self._engine.shipper
+
+    def is_root(self, network: nn.Module) -> bool:
+        """Whether ``network`` still has the weights that the run began with."""
+        return asdict(artifact_of(*pack_tensors("root", network.state_dict()))) == self._backbone["root"]
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
@@ -259,18 +276,19 @@ def _is_final(statistics: StatisticsRecord, registry: Registry) -> bool:
 
 
 def _record(
-    cluster: ClusterConfig,
-    method: MethodConfig,
-    root: Root,
-    described: Mapping[str, object],
-    settings: Mapping[str, object],
+    cluster: ClusterConfig, method: MethodConfig, root: Root, weights: Artifact, settings: Mapping[str, object]
 ) -> RunRecord:
     """What a new run would be."""
     return RunRecord(
         run_id=uuid.uuid4().hex[:12],
         method=asdict(method),
         threads=cluster.threads,
-        backbone={**described, "feature_layer": root.feature_layer, "shape": list(root.shape)},
+        backbone={
+            **root.described,
+            "root": asdict(weights),
+            "feature_layer": root.feature_layer,
+            "shape": list(root.shape),
+        },
         settings=dict(settings),
         libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
         machine={"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},

@@ -49,13 +49,16 @@ class ExpertReader:
     Args:
         load: gives the tensors of a sealed file, or of whatever the ``source`` of the run's experts is.
         root: the network that experts are copies of; never changed.
+        head: name of its head.
         capacity: experts in memory at a time.
         device: where they are put.
     """
 
-    def __init__(self, load: LoadTensors, root: nn.Module, capacity: int, device: torch.device | str) -> None:
+    def __init__(
+        self, load: LoadTensors, root: nn.Module, head: str, capacity: int, device: torch.device | str
+    ) -> None:
         self.load = load
-        self._root = root
+        self._root, self._head = root, head
         self._capacity = capacity
         self._device = torch.device(device)
         self._experts: OrderedDict[ExpertRef, Expert] = OrderedDict()
@@ -65,7 +68,7 @@ class ExpertReader:
 
     def to(self, device: torch.device, root: nn.Module) -> ExpertReader:
         """A reader of the same run for another device, with nothing in memory yet."""
-        return ExpertReader(self.load, root, self._capacity, device)
+        return ExpertReader(self.load, root, self._head, self._capacity, device)
 
     def expert(self, ref: ExpertRef) -> Expert:
         """The expert in eval mode; shared, so that callers that train must copy it.
@@ -78,7 +81,7 @@ class ExpertReader:
             return self._experts[ref]
         while len(self._experts) >= self._capacity:
             self._experts.popitem(last=False)
-        network = derive_expert(self._root, len(ref.classes), seed=0)
+        network = derive_expert(self._root, self._head, len(ref.classes), seed=0)
         try:
             network.load_state_dict(self.load(ref.source))
         except RuntimeError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cloudpickle
 import pyarrow as pa
+from torch import nn
 from torch.utils.data import Dataset
 
 from distributed_eg.config import ClusterConfig, MethodConfig
@@ -62,6 +63,7 @@ class Driver:
         self._model: ExpertGate = strategy.model
         self._close: weakref.finalize[[], Driver] | None = None
         self._reader: ExpertReader | None = None
+        self._layers: list[tuple[str, type, list[bool]]] = []
 
     @property
     def registry(self) -> Registry:
@@ -85,16 +87,14 @@ class Driver:
         Without a storage it lies in a temporary folder that lives as long as the model.
 
         Raises:
-            InputError: it was closed, or the reference cannot be used.
+            InputError: it was closed, the reference cannot be used, or the network was changed since the run began.
             ExpertGateError: what ``Run.open`` raises.
         """
         if self.is_closed:
             raise InputError("This strategy was closed; make a new one.")
         if self.run is None:
             model, cluster = self._model, self.cluster
-            described = {"arch": model.arch, "custom": model.custom, "weights": model.weights}
-            described |= {"pretrained": model.pretrained_flag}
-            root = Root(model.expert, model.output_layer_name, model.shape, described)
+            root = Root(model.expert, model.head, model.output_layer_name, model.shape, model.describe())
             by_ray = cluster.engine == "ray" and (self.device is None or self.device.startswith("cuda"))
             device = None if by_ray else self.device
             run = Run.open(cluster, self.method, root, settings, device, self.observer)
@@ -106,7 +106,12 @@ class Driver:
                 run.discard()
                 raise
             self._close = weakref.finalize(self, run.close)
-            self.run = run
+            self.run, self._layers = run, _layers(model.expert)
+        elif _layers(self._model.expert) != self._layers or not self.run.is_root(self._model.expert):
+            raise InputError(
+                "The network model.expert was changed since the run began (layers, weights, which parameters learn), "
+                "and its experts come from what it was: make a new model and strategy for a new run."
+            )
         return self.run
 
     def close(self) -> None:
@@ -169,7 +174,14 @@ class Driver:
         if run is not None and run.registry.manifests and run.registry.statistics is not None:
             if self._reader is None:
                 load = partial(load_tensors, run.storage)
-                self._reader = ExpertReader(load, model.expert, self.cluster.max_resident_experts, model.device)
+                self._reader = ExpertReader(
+                    load, model.expert, model.head, self.cluster.max_resident_experts, model.device
+                )
             gate = self._reader.gate(run.registry.gate_ref(self.method))
             experts = run.registry.expert_refs()
             model.attach(Predictor(gate, experts, self._reader, self.cluster.threads))
+
+
+def _layers(network: nn.Module) -> list[tuple[str, type, list[bool]]]:
+    """Each layer with its class, and which of its parameters learn."""
+    return [(n, type(m), [p.requires_grad for p in m.parameters(recurse=False)]) for n, m in network.named_modules()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from avalanche.models import DynamicModule, IncrementalClassifier
 from torch import Tensor, nn
 
 from distributed_eg.config import AutoencoderConfig, MethodConfig
 from distributed_eg.errors import BackboneError, InputError, StorageError
-from distributed_eg.method.backbone import Backbone, build_network, last_feature_layer
-from distributed_eg.method.expert import find_head
+from distributed_eg.method.backbone import Backbone, build_network, features_at, last_feature_layer
+from distributed_eg.method.expert import logits_of
 from distributed_eg.method.gate import Routing
+from distributed_eg.method.head import find_head, require_copies, set_head
 from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
@@ -22,6 +25,27 @@ from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind
 
 _DEFAULT_LAYER = "features"
+
+
+def _with_plain_head(network: nn.Module) -> nn.Module:
+    """The network; a copy with a plain linear head where it has Avalanche's growing one, for each expert has a head of
+    its task's classes anyway.
+
+    Raises:
+        BackboneError: another layer changes itself from task to task, or asks for task labels.
+    """
+    changing = {name: module for name, module in network.named_modules() if isinstance(module, DynamicModule)}
+    for name, module in changing.items():
+        if type(module) is not IncrementalClassifier or not name:
+            raise BackboneError(
+                f"{name or 'The backbone'} is a {type(module).__name__}, which changes with the tasks or asks for task "
+                "labels; here every task has an expert of its own: put an nn.Linear in its place."
+            )
+    if changing:
+        network = copy.deepcopy(network)
+        for name in changing:
+            set_head(network, name, network.get_submodule(f"{name}.classifier"))
+    return network
 
 
 class ExpertGate(nn.Module):
@@ -41,6 +65,8 @@ class ExpertGate(nn.Module):
             ``seed``.
         output_layer_name: the layer whose output are the features. Where an architecture has no layer "features",
             the default stands for the last one before pooling.
+        head: name of the layer that each expert gets a fresh one of, for its task's classes. None: the last layer that
+            the answers come from.
         weights: instead of the default weights, a torchvision weights name or the path of a state dict.
         autoencoder: "sgd", the paper's, or "linear", closed form: no learning rate, no epochs, no seed.
         seed: of random weights.
@@ -57,6 +83,7 @@ class ExpertGate(nn.Module):
         pretrained_flag: bool = True,
         output_layer_name: str = _DEFAULT_LAYER,
         *,
+        head: str | None = None,
         weights: str | None = None,
         autoencoder: AutoencoderKind = "sgd",
         seed: int = 0,
@@ -76,13 +103,16 @@ class ExpertGate(nn.Module):
         if isinstance(arch, str):
             root = build_network(arch, pretrained=pretrained_flag, weights=weights, seed=seed, image_size=self.shape[1])
         else:
-            root = arch.eval()
+            root = _with_plain_head(arch).eval()
+        self.head = find_head(root, self.shape, head)
+        self.named_head = head is not None
+        if self.custom:
+            require_copies(root, self.shape)
         layers = dict(root.named_modules())
         if output_layer_name == _DEFAULT_LAYER and _DEFAULT_LAYER not in layers:
-            output_layer_name = last_feature_layer(root, self.shape)
+            output_layer_name = last_feature_layer(root, self.head, self.shape)
         self.output_layer_name = output_layer_name
         self.feature_shape = Backbone(root, output_layer_name, self.shape).feature_shape
-        find_head(root)
         self.expert = root.to(self.device)
         self._predictor: Predictor | None = None
 
@@ -124,6 +154,7 @@ class ExpertGate(nn.Module):
             arch if arch is not None else backbone["arch"],
             pretrained_flag=False,
             output_layer_name=backbone["feature_layer"],
+            head=backbone.get("head"),
             autoencoder=method.autoencoder.kind,
         )
         try:
@@ -135,10 +166,20 @@ class ExpertGate(nn.Module):
         registry = Registry.read(storage)
         if not registry.manifests:
             raise StorageError(f"The run {run_uri!r} holds no finished task yet.")
-        reader = ExpertReader(partial(load_tensors, storage), model.expert, max_resident_experts, model.device)
+        reader = ExpertReader(
+            partial(load_tensors, storage), model.expert, model.head, max_resident_experts, model.device
+        )
         gate = reader.gate(registry.gate_ref(method))
         model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"]))
         return model.eval()
+
+    def describe(self) -> dict[str, object]:
+        """What tells the root network from others, beside its weights, as JSON values: how it came to be, and what
+        differs from the ordinary: a head that was named, parameters that do not learn."""
+        described: dict[str, object] = {"arch": self.arch, "custom": self.custom, "weights": self.weights}
+        described["pretrained"] = self.pretrained_flag
+        frozen = [name for name, parameter in self.expert.named_parameters() if not parameter.requires_grad]
+        return described | ({"head": self.head} if self.named_head else {}) | ({"frozen": frozen} if frozen else {})
 
     def attach(self, predictor: Predictor) -> None:
         """Take the gate over all tasks trained so far, and where their experts are read from on demand."""
@@ -152,26 +193,41 @@ class ExpertGate(nn.Module):
 
         Returns:
             (n, max class id + 1) log-probabilities over dataset class ids, log(1e-7) where no answering expert knows
-            a class. Before training, or in training mode, the root network's own logits.
+            a class; in every mode. Before training, the root network's own logits.
+
+        Raises:
+            InputError: ``x`` are no images of the model's shape.
         """
-        images = x.to(self.device)
-        if self.training or self._predictor is None:
-            logits: Tensor = self.expert(images)
-            return logits
-        return self._predictor.predict(images, self._features)
+        if self._predictor is None:
+            return logits_of(self.expert, x.to(self.device))
+        return self._predictor.predict(self._images(x), self._features)
 
     def gate(self, x: Tensor) -> Routing:
         """Route images (n, channels, height, width): (tasks, confidences, errors), one row a sample.
 
         Raises:
-            InputError: nothing is trained yet.
+            InputError: nothing is trained yet, or ``x`` are no images of the model's shape.
         """
         if self._predictor is None:
             raise InputError("The model has no gate yet: train it with ExpertGateStrategy.")
-        return self._predictor.route(x.to(self.device), self._features)
+        return self._predictor.route(self._images(x), self._features)
+
+    def _images(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:
+            raise InputError(
+                f"The images have shape {tuple(x.shape)}; the model takes (n, {', '.join(map(str, self.shape))})."
+            )
+        return x.to(self.device, torch.float32)
 
     def _features(self, images: Tensor) -> Tensor:
-        return Backbone(self.expert, self.output_layer_name, self.shape).forward(images)
+        # Whoever set a layer of the root to training mode gets the same features.
+        modes = {module: module.training for module in self.expert.modules()}
+        self.expert.eval()
+        try:
+            return features_at(self.expert, self.output_layer_name, images)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertGate:
         """As in torch; gate and experts follow the root network to its device."""
@@ -187,7 +243,7 @@ class ExpertGate(nn.Module):
         return {} if self._predictor is None else self._predictor.tensors(self.autoencoder)
 
     def _take(self, state: dict[str, Tensor], prefix: str) -> Predictor | None:
-        return take_predictor(state, prefix, self.expert, self.autoencoder, self.device, self.feature_shape)
+        return take_predictor(state, prefix, self.expert, self.head, self.autoencoder, self.device, self.feature_shape)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The root network's tensors, and after training the gate's and every expert's."""

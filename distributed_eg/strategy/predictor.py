@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -37,15 +38,21 @@ class Predictor:
 
     def route(self, images: Tensor, features_of: FeaturesOf) -> Routing:
         """Where each image goes."""
-        with torch.no_grad(), reproducible(0, self.threads):
+        with self._alike(images):
             return self.gate.route(features_of(images))
 
     def predict(self, images: Tensor, features_of: FeaturesOf) -> Tensor:
         """Log-probabilities (n, highest class id + 1) of the experts that answer for each image."""
         width = 1 + max(max(ref.classes) for ref in self.experts.values())
-        with torch.no_grad(), reproducible(0, self.threads):
+        with self._alike(images):
             weights = self.gate.answering(self.gate.route(features_of(images)))
             return combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
+
+    @contextmanager
+    def _alike(self, images: Tensor) -> Iterator[None]:
+        """Compute as the run's workers do, whatever the caller has set around it."""
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), reproducible(0, self.threads):
+            yield
 
     def to(self, device: torch.device, root: nn.Module) -> Predictor:
         """The same on another device, where ``root`` is already."""
@@ -76,6 +83,7 @@ def take_predictor(
     state: MutableMapping[str, Tensor],
     prefix: str,
     root: nn.Module,
+    head: str,
     kind: AutoencoderKind,
     device: torch.device,
     feature_shape: Sequence[int],
@@ -113,7 +121,7 @@ def take_predictor(
     states = {task: _below(tensors, f"experts.{task}.") for task in tasks}
     experts = {task: ExpertRef(task, tuple(tensors[f"classes.{task}"].tolist())) for task in tasks}
     gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
-    reader = ExpertReader(states.__getitem__, root, _IN_MEMORY, device)
+    reader = ExpertReader(states.__getitem__, root, head, _IN_MEMORY, device)
     return Predictor(gate, experts, reader, int(threads)).to(device, root)
 
 

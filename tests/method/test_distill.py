@@ -28,7 +28,7 @@ def cross_entropy(student: np.ndarray, teacher: np.ndarray, temp: float) -> floa
 def parent_and_student(num_new: int = 3) -> tuple[nn.Module, nn.Module]:
     """A parent of 5 classes and an expert of its own, whose body has already moved away from the parent's."""
     parent = net(1)
-    student = derive_expert(parent, num_new, seed=2)
+    student = derive_expert(parent, "head", num_new, seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in student.named_parameters():
@@ -53,7 +53,7 @@ def test_loss_equals_the_hand_computation(temp: float, weight: float) -> None:
         with_old_head.head = copy.deepcopy(parent.head)
         answers = float64(with_old_head(x))
     assert np.abs(answers - targets).max() > 0.1, "the student has not moved: the test would show nothing"
-    distillation = Distillation(student, parent, weight=weight, temp=temp)
+    distillation = Distillation(student, parent, "head", weight=weight, temp=temp)
     student(x)
     loss = distillation.loss(x)
     # float32 logits of size 1 against float64.
@@ -64,8 +64,8 @@ def test_loss_equals_the_hand_computation(temp: float, weight: float) -> None:
 def test_loss_of_a_student_that_still_is_the_parent_is_the_targets_entropy() -> None:
     """Its least value, above zero; and there the gradient is zero."""
     parent = net(1)
-    student = derive_expert(parent, 3, seed=2)
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    student = derive_expert(parent, "head", 3, seed=2)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     x = images(6)
     student(x)
     loss = distillation.loss(x)
@@ -89,7 +89,7 @@ def test_body_and_old_head_learn_from_the_term_and_the_teacher_does_not() -> Non
     parent, student = parent_and_student()
     x = images(6)
     before = digest(parent.state_dict())
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     new_head = student.get_submodule("head")
     student(x)
     distillation.loss(x).backward()
@@ -99,21 +99,21 @@ def test_body_and_old_head_learn_from_the_term_and_the_teacher_does_not() -> Non
     assert float(student.body[0].weight.grad.abs().max()) > 0
     for parameter in distillation.head.parameters():
         assert parameter.grad is None or not bool(parameter.grad.any()), "the new head has no part in the term"
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([*student.parameters(), *old], lr=0.1)
     kept = [p.detach().clone() for p in old]
     optimizer.step()
     assert all(not torch.equal(p, before_step) for p, before_step in zip(old, kept, strict=True))
     assert digest(parent.state_dict()) == before
-    assert all(p.grad is None and not p.requires_grad for p in parent.parameters())
+    assert all(p.grad is None for p in parent.parameters())
     assert new_head is student.get_submodule("head")
 
 
 def test_teacher_answers_in_eval_mode_and_keeps_its_statistics() -> None:
     """Dropout and batch statistics would blur the targets; a parent that was left in training mode must not drift."""
     parent = net(1, dropout=0.5).train()
-    student = derive_expert(parent, 3, seed=2).eval()
+    student = derive_expert(parent, "head", 3, seed=2).eval()
     before = digest(parent.state_dict())
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     x = images(6)
     losses = []
     for _ in range(2):
@@ -128,7 +128,7 @@ def test_teacher_s_head_steers_the_student() -> None:
     results = []
     for shift in (0.0, 2.0):
         parent, student = parent_and_student()
-        distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+        distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
         with torch.no_grad():
             parent.head.bias[0] += shift
         x = images(6)
@@ -144,7 +144,7 @@ def test_the_new_task_s_gradient_is_unchanged_at_weight_zero() -> None:
     _, plain = parent_and_student()
     F.cross_entropy(plain(x), y).backward()
     parent, student = parent_and_student()
-    distillation = Distillation(student, parent, weight=0.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=0.0, temp=2.0)
     (F.cross_entropy(student(x), y) + distillation.loss(x)).backward()
     distillation.detach()
     with_term = gradients(student)
@@ -158,7 +158,7 @@ def test_the_new_task_s_gradient_is_unchanged_at_weight_zero() -> None:
 def test_outputs_keep_the_new_head_s_width_and_values(training: bool) -> None:
     parent, student = parent_and_student()
     plain = copy.deepcopy(student).train(training)
-    Distillation(student, parent, weight=1.0, temp=2.0)
+    Distillation(student, parent, "head", weight=1.0, temp=2.0)
     student.train(training)
     x = images(6)
     expected = plain(x)
@@ -171,7 +171,7 @@ def test_outputs_keep_the_new_head_s_width_and_values(training: bool) -> None:
 def test_a_forward_pass_without_gradients_in_between_does_not_disturb() -> None:
     """A metric or a plugin may evaluate the model between the training forward pass and the loss."""
     parent, student = parent_and_student()
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     x = images(6)
     student(x)
     expected = distillation.loss(x).item()
@@ -185,13 +185,15 @@ def test_a_forward_pass_without_gradients_in_between_does_not_disturb() -> None:
 def test_detach_gives_the_single_head_back(arch: str) -> None:
     """Same names in the same order, same head object with what it learnt, no hook; the old head is gone."""
     parent = net(1) if arch == "linear" else copy.deepcopy(network_of("squeezenet1_1"))
-    student = derive_expert(parent, 3, seed=2)
-    names = list(student.state_dict())
+    name = "head" if arch == "linear" else "classifier.1"
+    student = derive_expert(parent, name, 3, seed=2)
+    names, layers = list(student.state_dict()), list(student.named_modules())
     x = images(2) if arch == "linear" else images(2, shape=(3, 40, 40))
     before = student(x).detach()
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
-    assert len(student.state_dict()) == len(names) + 2
+    distillation = Distillation(student, parent, name, weight=1.0, temp=2.0)
     during = student(x).detach()
+    assert list(student.state_dict()) == names, "the layers are the student's own all the time"
+    assert list(student.named_modules()) == layers
     distillation.detach()
     assert list(student.state_dict()) == names
     assert torch.equal(student(x), before)
@@ -201,7 +203,7 @@ def test_detach_gives_the_single_head_back(arch: str) -> None:
 
 def test_what_the_new_head_learnt_stays_after_detach() -> None:
     parent, student = parent_and_student()
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     with torch.no_grad():
         distillation.head.weight.fill_(0.5)
     distillation.detach()
@@ -211,9 +213,9 @@ def test_what_the_new_head_learnt_stays_after_detach() -> None:
 def test_a_convolution_as_head() -> None:
     """SqueezeNet: what follows the head (ReLU, pooling) acts on both heads' outputs."""
     parent = copy.deepcopy(network_of("squeezenet1_1"))
-    student = derive_expert(parent, 3, seed=2)
+    student = derive_expert(parent, "classifier.1", 3, seed=2)
     x = images(2, shape=(3, 40, 40))
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "classifier.1", weight=1.0, temp=2.0)
     output = student(x)
     assert output.shape == (2, 3)
     loss = distillation.loss(x)
@@ -230,7 +232,7 @@ def test_a_convolution_as_head() -> None:
 
 def test_the_parent_s_head_is_copied_not_shared() -> None:
     parent, student = parent_and_student()
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     with torch.no_grad():
         for parameter in distillation.parameters():
             parameter.add_(1)
@@ -239,9 +241,40 @@ def test_the_parent_s_head_is_copied_not_shared() -> None:
 
 def test_a_copy_of_a_detached_student_stands_alone() -> None:
     parent, student = parent_and_student()
-    distillation = Distillation(student, parent, weight=1.0, temp=2.0)
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
     student(images(2))
     distillation.detach()
     twin = copy.deepcopy(student)
     assert not any(module._forward_hooks for module in twin.modules())
     assert torch.equal(twin(images(2)), student(images(2)))
+
+
+def test_hooks_of_others_see_the_new_head_alone() -> None:
+    """Whether they were there before or come while the student trains."""
+    parent, student = parent_and_student()
+    seen: list[tuple[int, ...]] = []
+
+    def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        seen.append(tuple(output.shape))
+
+    student.get_submodule("head").register_forward_hook(note)
+    student.register_forward_hook(note)
+    Distillation(student, parent, "head", weight=1.0, temp=2.0)
+    student.get_submodule("head").register_forward_hook(note)
+    student.register_forward_hook(note)
+    student(images(6))
+    assert seen == [(6, 3)] * 4
+
+
+def test_a_failed_pass_leaves_the_next_one_as_it_is() -> None:
+    parent, student = parent_and_student()
+    distillation = Distillation(student, parent, "head", weight=1.0, temp=2.0)
+    with pytest.raises(RuntimeError, match="channels"):
+        student(torch.zeros(2, 5, 12, 12))
+    handle = student.get_submodule("head").register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        student(images(2))
+    handle.remove()
+    assert student(images(2)).shape == (2, 3)
+    distillation.detach()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())

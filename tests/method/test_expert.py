@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from distributed_eg.errors import BackboneError
-from distributed_eg.method.expert import (
-    derive_expert,
-    find_head,
-    freeze_norm,
-    get_head,
-    new_head,
-    scatter_logits,
-    set_head,
-)
+from distributed_eg.method.expert import continue_expert, derive_expert, freeze_norm, scatter_logits, train_as
+from distributed_eg.method.head import find_head
 from tests.method.helpers import digest, images, net, network_of
 
 HEADS = {
@@ -33,8 +25,8 @@ SIDES = {"vit_b_16": 224}
 def test_expert_has_a_fresh_head_of_the_right_size_on_the_parent_s_body(arch: str) -> None:
     parent = network_of(arch)
     name = HEADS[arch]
-    assert find_head(parent) == name
-    expert = derive_expert(parent, 3, seed=1)
+    assert find_head(parent, (3, SIDES.get(arch, 40), SIDES.get(arch, 40))) == name
+    expert = derive_expert(parent, name, 3, seed=1)
     side = SIDES.get(arch, 40)
     with torch.no_grad():
         assert expert(torch.zeros(2, 3, side, side)).shape == (2, 3)
@@ -51,7 +43,7 @@ def test_expert_has_a_fresh_head_of_the_right_size_on_the_parent_s_body(arch: st
 
 def test_head_depends_on_the_seed_only() -> None:
     parent = net(0)
-    first, again, other = (derive_expert(parent, 4, seed).state_dict() for seed in (1, 1, 2))
+    first, again, other = (derive_expert(parent, "head", 4, seed).state_dict() for seed in (1, 1, 2))
     assert digest(first) == digest(again)
     assert not torch.equal(first["head.weight"], other["head.weight"])
     assert torch.equal(first["body.0.weight"], other["body.0.weight"])
@@ -60,7 +52,7 @@ def test_head_depends_on_the_seed_only() -> None:
 def test_head_is_initialised_as_torch_does() -> None:
     """Uniform in ±1/√inputs: neither zeros nor the parent's rows."""
     parent = net(0, num_classes=200)
-    head = derive_expert(parent, 200, seed=1).state_dict()["head.weight"]
+    head = derive_expert(parent, "head", 200, seed=1).state_dict()["head.weight"]
     bound = 8**-0.5
     assert 0.95 * bound < float(head.abs().max()) <= bound
     # 1600 uniform draws: the mean's standard error is 0.577 · bound / 40.
@@ -71,7 +63,7 @@ def test_head_is_initialised_as_torch_does() -> None:
 def test_deriving_changes_nothing_in_the_parent_and_all_of_the_expert_trains() -> None:
     parent = net(0).requires_grad_(False)
     before = digest(parent.state_dict())
-    expert = derive_expert(parent, 3, seed=1)
+    expert = derive_expert(parent, "head", 3, seed=1)
     assert all(parameter.requires_grad for parameter in expert.parameters())
     assert not any(parameter.requires_grad for parameter in parent.parameters())
     with torch.no_grad():
@@ -82,38 +74,31 @@ def test_deriving_changes_nothing_in_the_parent_and_all_of_the_expert_trains() -
 
 def test_stored_weights_of_an_expert_fit_into_the_root_with_that_head() -> None:
     root = net(0)
-    expert = derive_expert(root, 3, seed=1)
+    expert = derive_expert(root, "head", 3, seed=1)
     with torch.no_grad():
         expert.get_parameter("head.weight").mul_(2)
-    loaded = derive_expert(root, 3, seed=0)
+    loaded = derive_expert(root, "head", 3, seed=0)
     loaded.load_state_dict(expert.state_dict())
     assert torch.equal(loaded(images(2)), expert(images(2)))
 
 
-def test_heads_keep_their_kind() -> None:
-    with torch.random.fork_rng(devices=[]):
-        linear = new_head(nn.Linear(6, 10, bias=False), 4)
-        conv = new_head(nn.Conv2d(6, 10, 3, stride=2, padding=1, bias=False), 4)
-    assert isinstance(linear, nn.Linear)
-    assert linear.bias is None
-    assert (linear.in_features, linear.out_features) == (6, 4)
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.bias is None
-    assert conv(torch.zeros(1, 6, 9, 9)).shape == (1, 4, 5, 5)
+def test_parameters_learn_where_the_user_lets_the_roots_learn_and_the_head_always() -> None:
+    root = net(0)
+    root.requires_grad_(False)
+    root.body[3].requires_grad_(True)
+    expert = derive_expert(net(1), "head", 3, seed=1)
+    train_as(expert, root, "head")
+    learning = [name for name, parameter in expert.named_parameters() if parameter.requires_grad]
+    assert learning == ["body.3.weight", "body.3.bias", "head.weight", "head.bias"]
 
 
-def test_set_head_keeps_the_order_of_names() -> None:
-    with torch.random.fork_rng(devices=[]):
-        network = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 2), nn.ReLU()), nn.BatchNorm1d(2))
-        replacement = nn.Linear(3, 2)
-    names = list(network.state_dict())
-    set_head(network, "1.0", replacement)
-    assert list(network.state_dict()) == names
-
-
-def test_a_network_without_any_head_is_refused() -> None:
-    with pytest.raises(BackboneError, match="Sequential has neither a linear layer nor a convolution"):
-        find_head(nn.Sequential(nn.Flatten(), nn.ReLU()))
+def test_a_continued_expert_keeps_its_rows() -> None:
+    before = derive_expert(net(0), "head", 2, seed=1)
+    after = continue_expert(before, "head", (3, 7), (1, 3, 5, 7), seed=2)
+    fresh = derive_expert(before, "head", 4, seed=2)
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(after.get_parameter(name)[[1, 3]], before.get_parameter(name))
+        assert torch.equal(after.get_parameter(name)[[0, 2]], fresh.get_parameter(name)[[0, 2]])
 
 
 def test_frozen_normalisation_keeps_its_statistics_and_nothing_else_freezes() -> None:
@@ -184,8 +169,3 @@ def test_scattered_logits_stand_at_their_class_ids() -> None:
     expected[:, 4], expected[:, 1] = logits[:, 1], logits[:, 0]
     assert torch.equal(scatter_logits(logits, (1, 4), 6), expected)
     assert scatter_logits(torch.zeros(0, 2), (1, 4), 6).shape == (0, 6)
-
-
-def test_get_head_gives_the_module_itself() -> None:
-    network = net(0)
-    assert get_head(network, "head") is network.head

@@ -168,8 +168,13 @@ class TestAfterTraining:
         assert all(p.requires_grad for p in trained.expert.parameters())
 
     def test_a_failing_forward_leaves_no_hook(self, trained: ExpertGate) -> None:
-        with pytest.raises(RuntimeError):
-            trained(torch.zeros(2, 5, 16, 16))
+        handle = trained.expert.get_submodule("features.0").register_forward_hook(lambda *_: 1 / 0)
+        try:
+            for fails in (trained, trained.gate):
+                with pytest.raises(ZeroDivisionError):
+                    fails(images_of())
+        finally:
+            handle.remove()
         assert num_hooks(trained) == 0
         assert same(trained, copy.deepcopy(trained))
 
@@ -184,17 +189,33 @@ class TestAfterTraining:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
-    def test_modes(self, trained: ExpertGate) -> None:
-        """Training mode gives the root's logits, eval mode gates; the root itself is in eval mode in both."""
+    def test_it_answers_the_same_in_every_mode(self, trained: ExpertGate) -> None:
+        """Also where somebody set the root's own layers to another mode, or computes in another type around it."""
         images = images_of()
-        gated = trained(images)
+        gated, routed = trained(images), trained.gate(images)
         assert trained.train() is trained
         assert trained.training
         assert not any(module.training for module in trained.expert.modules())
-        with torch.no_grad():
-            assert torch.equal(trained(images), tiny_net().eval()(images))
+
+        def answers_as_before() -> bool:
+            again = trained.gate(images)
+            return torch.equal(trained(images), gated) and all(map(torch.equal, again, routed))
+
+        assert answers_as_before()
+        trained.expert.train()
+        assert answers_as_before()
+        assert trained.expert.training, "whose mode it is, keeps it"
         assert trained.eval() is trained
-        assert torch.equal(trained(images), gated)
+        assert answers_as_before()
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            assert answers_as_before()
+        assert torch.equal(trained(images.double()), gated)
+
+    @pytest.mark.parametrize("shape", [(2, 5, 16, 16), (3, 16, 16), (2, 3, 8, 8)])
+    def test_images_of_another_shape_are_refused(self, trained: ExpertGate, shape: tuple[int, ...]) -> None:
+        for take in (trained, trained.gate):
+            with pytest.raises(InputError, match=r"the model takes \(n, 3, 16, 16\)"):
+                take(torch.zeros(shape))
 
     def test_moving_to_a_device(self, trained: ExpertGate) -> None:
         moved = copy.deepcopy(trained)

@@ -43,7 +43,7 @@ class WorkerContext:
         self.root = setup.root.load(fetch).eval()
         self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
         self.reader = ExpertReader(
-            partial(load_tensors, self.storage), self.root, setup.cluster.max_resident_experts, device
+            partial(load_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
         )
         self.scratch = setup.scratch_folder
         self.stopping = threading.Event()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
-from distributed_eg.method.expert import continue_expert, derive_expert
+from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.standardize import compute_statistics
@@ -114,18 +114,20 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
 
 def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:
     """Train a task's expert with the user's own strategy, from its parent, and seal it."""
-    arrived, method = request.input.record, context.setup.method
+    arrived, method, head = request.input.record, context.setup.method, context.setup.head
     parent = context.root if request.parent is None else context.reader.expert(request.parent).network
     seed = derive_seed(method.seed, arrived.task, "head")
     if request.choice.transfer == "continue" and request.parent is not None:
-        network = continue_expert(parent, request.parent.classes, arrived.classes, seed)
+        network = continue_expert(parent, head, request.parent.classes, arrived.classes, seed)
     else:
-        network = derive_expert(parent, len(arrived.classes), seed)
+        network = derive_expert(parent, head, len(arrived.classes), seed)
+    train_as(network, context.root, head)
     job = ExpertJob(
         task=arrived.task,
         label=arrived.label,
         classes=arrived.classes,
         network=network.to(context.device),
+        head=head,
         teacher=parent.to(context.device) if request.choice.transfer == "lwf" else None,
         data=request.input.data.load(context.fetch),
         experience=request.input.experience,
@@ -221,7 +223,7 @@ def _right_predictions(
             rows = ((right == task) & ~reuse).nonzero().flatten()
             expert = context.reader.expert(known.experts[task])
             classes = torch.tensor(expert.classes, device=images.device)
-            predictions[rows] = classes[expert.network(images[rows]).argmax(1)]
+            predictions[rows] = classes[logits_of(expert.network, images[rows]).argmax(1)]
     return predictions
 
 

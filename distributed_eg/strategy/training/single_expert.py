@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from distributed_eg.method.expert import freeze_norm, scatter_logits
+from distributed_eg.method.expert import freeze_norm, logits_of, scatter_logits
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
 
 
@@ -32,7 +32,7 @@ class SingleExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs (n, width) for images (n, channels, height, width)."""
-        logits: Tensor = self.expert(x)
+        logits = logits_of(self.expert, x)
         if self.training:
             return scatter_logits(logits, self.classes, self.width)
         output = logits.new_full((len(logits), self.width), ABSENT_LOG_PROBABILITY)

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from avalanche.training.plugins.clock import Clock
@@ -13,7 +14,6 @@ from torch import nn
 
 from distributed_eg.errors import DivergedError, ExpertGateError, HookError, StoppedError
 from distributed_eg.method.distill import Distillation
-from distributed_eg.method.expert import find_head
 from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
 from distributed_eg.store.layout import task_file
 from distributed_eg.strategy.avalanche_types import Plugin, Template
@@ -87,13 +87,16 @@ class _ExpertRules(Plugin):
         """Mean distillation term over the iterations; None without LwF."""
         return None if self._distillation is None else self._total / max(1, self._count)
 
-    def state_dict(self) -> dict[str, float]:
-        """The running totals."""
-        return {"total": self._total, "count": self._count}
+    def state_dict(self) -> dict[str, Any]:
+        """The running totals, and the old head, which learns, too."""
+        old_head = {} if self._distillation is None else self._distillation.old_head.state_dict()
+        return {"total": self._total, "count": self._count, "old head": old_head}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from those."""
         self._total, self._count = state["total"], int(state["count"])
+        if self._distillation is not None:
+            self._distillation.old_head.load_state_dict(state["old head"])
 
     def before_backward(self, strategy: Template, *_: object, **__: object) -> None:
         """Add the distillation term, as Avalanche's own LwF plugin does."""
@@ -121,9 +124,9 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
     beside."""
     if job.teacher is None:
         return None
-    head = next(job.network.get_submodule(find_head(job.network)).parameters())
+    head = next(job.network.get_submodule(job.head).parameters())
     weight, temp = job.method.distillation_weight, job.method.distillation_temp
-    distillation = Distillation(job.network, job.teacher, weight=weight, temp=temp)
+    distillation = Distillation(job.network, job.teacher, job.head, weight=weight, temp=temp)
     groups = optimizer.param_groups
     group = next((g for g in groups if any(p is head for p in g["params"])), groups[0])
     group["params"].extend(distillation.parameters())

@@ -84,7 +84,7 @@ class Stage:
         loader_args = settings.pop("loader_args", {})
         plugins = [*settings.pop("plugins", []), Interrupter()]
         strategy = tiny_strategy(plugins=plugins, **{"train_epochs": EPOCHS, **settings})
-        self.method, self.root = strategy.method, strategy.model.expert
+        self.method, self.root, self.head = strategy.method, strategy.model.expert, strategy.model.head
         self.trainer = trainer_of(strategy, loader_args)
 
     def trained(self, every_s: float = 0) -> tuple[Any, ...]:
@@ -95,7 +95,8 @@ class Stage:
             task=TASK,
             label=TASK,
             classes=part.classes,
-            network=derive_expert(self.root, len(part.classes), 0),
+            network=derive_expert(self.root, self.head, len(part.classes), 0),
+            head=self.head,
             teacher=copy.deepcopy(self.root) if self.transfer == "lwf" else None,
             data=cloudpickle.loads(cloudpickle.dumps(task_data(part, TASK, 0, 0.1))),
             experience=info_of(self.experience),

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from distributed_eg.errors import BackboneError
 
@@ -31,6 +32,7 @@ def find_head(network: nn.Module, shape: tuple[int, int, int], named: str | None
     Raises:
         BackboneError: there is none; or the network gives no logits, or cannot take such images.
     """
+    _refuse_wrapper(network)
     called: dict[str, None] = {}
 
     def note(name: str) -> None:
@@ -125,12 +127,16 @@ def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
     kind = type(network).__name__
     if lazy := [name for name, parameter in network.named_parameters() if is_lazy(parameter)]:
         raise BackboneError(f"{kind} never uses the lazy layer of {lazy[0]!r}, so its shape is unknown; remove it.")
+    if odd := [name for name, module in network.named_modules() if is_parametrized(module)]:
+        raise BackboneError(
+            f"{kind} cannot be sent to a worker: its layer {odd[0]!r} is parametrized; take that away before training "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or use torch.nn.utils.spectral_norm or weight_norm."
+        )
     try:
         expert = copy.deepcopy(network).train()
     except Exception as error:  # of any type: a user's module may hold anything
         raise BackboneError(
-            f"{kind} cannot be copied for each task's expert ({told(error)}); keep in it what copy.deepcopy takes. Old "
-            "spectral or weight norm: use torch.nn.utils.parametrizations, or remove it."
+            f"{kind} cannot be copied for each task's expert ({told(error)}); keep in it only what copy.deepcopy takes."
         ) from error
     images = torch.zeros(2, *shape, device=next(network.parameters()).device, dtype=input_dtype(network))
     try:
@@ -140,6 +146,15 @@ def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
         raise
     except Exception as error:  # of any type: it comes from the user's forward
         raise BackboneError(f"{kind} fails in training mode on images alone ({told(error)}).") from error
+
+
+def _refuse_wrapper(network: nn.Module) -> None:
+    is_wrapper = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    if is_wrapper or isinstance(network, torch.jit.ScriptModule) or hasattr(network, "_orig_mod"):
+        raise BackboneError(
+            f"The backbone is a {type(network).__name__}, whose layers cannot be read and replaced; give the plain "
+            "module that it was made from."
+        )
 
 
 def _num_classes(network: nn.Module, output: object) -> int:

@@ -24,7 +24,10 @@ Report: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | Ended
 
 
 class Engine(Protocol):
-    """Runs requests on workers. Made without starting anything; ``start`` may be followed by ``close`` only."""
+    """Runs requests on workers. Made without starting anything; where ``start`` fails, ``close`` has to follow.
+
+    ``begin`` and ``end`` stand around what a strategy is called for; right after ``start`` it has begun.
+    """
 
     shipper: Shipper
     coordinator: CoordinatorApi
@@ -59,8 +62,12 @@ class Engine(Protocol):
             WorkerLostError: no worker is left and none will come.
         """
 
-    def abandon_calls(self) -> None:
-        """Give up every call that runs: its answer is not wanted any more, and its worker is free or replaced."""
+    def begin(self) -> bool:
+        """Work from now on; False where what ``start`` began is gone, so that ``start`` has to come again."""
+
+    def end(self) -> None:
+        """Give up every call whose answer is waited for: it is not wanted any more, and its worker is free or replaced.
+        Until ``begin`` all that ``start`` began may go, where something else needs the room."""
 
     def close(self) -> None:
         """End everything that ``start`` and ``add_workers`` began, within a few seconds, whatever runs there."""

@@ -63,7 +63,11 @@ class InlineEngine:
         self._reports.clear()
         return reports
 
-    def abandon_calls(self) -> None:
+    def begin(self) -> bool:
+        """Always: nothing takes the worker away."""
+        return True
+
+    def end(self) -> None:
         """Forget what is queued."""
         self._calls.clear()
         self._reports.clear()

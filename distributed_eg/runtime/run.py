@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import importlib.metadata
 import logging
 import os
@@ -10,14 +12,14 @@ import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from distributed_eg.config import ClusterConfig, MethodConfig
-from distributed_eg.errors import ExpertGateError, StorageError
+from distributed_eg.errors import ExpertGateError, RunInUseError, StorageError
 from distributed_eg.runtime.dispatcher import Dispatcher, TaskSource
 from distributed_eg.runtime.engine import Engine
 from distributed_eg.runtime.inline import InlineEngine
@@ -33,7 +35,7 @@ from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.records import RunRecord, StatisticsRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
-from distributed_eg.store.weights import pack_tensors
+from distributed_eg.store.weights import load_tensors, pack_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +66,8 @@ class Run:
         storage: the run directory.
         lease: the right to write it.
         engine: where requests run; started.
+        root: the network that ``setup`` ships, and as what it is sealed.
         setup: what its workers are made from.
-        backbone: what the run's record says of it.
         observer: told of every stage that starts or ends.
         is_new: whether the storage held no run before.
     """
@@ -75,8 +77,8 @@ class Run:
         storage: Storage,
         lease: Lease,
         engine: Engine,
+        root: tuple[nn.Module, Artifact],
         setup: WorkerSetup,
-        backbone: Mapping[str, object],
         observer: Observer | None,
         *,
         is_new: bool,
@@ -84,8 +86,8 @@ class Run:
         self.storage = storage
         self._lease = lease
         self._engine = engine
+        self._root, self._root_artifact = root
         self._setup = setup
-        self._backbone = backbone
         self._observer = observer
         self._is_new = is_new
         # Numbers of a later driver lie above all that an earlier one can have given out.
@@ -116,10 +118,15 @@ class Run:
 
         Raises:
             StorageError: the storage cannot be written, or holds a run that is not to be resumed.
+            InputError: Ray Client is asked for.
             RunInUseError: another driver works on the run.
             ResumeError: the storage holds a run that was begun with something else.
             ResourceError: the cluster cannot hold such workers.
         """
+        if cluster.engine == "ray":
+            from distributed_eg.runtime.ray_backend.cluster import refuse_client
+
+            refuse_client(cluster)
         uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
         path, weights = pack_tensors("root", root.network.state_dict())
         wanted = _record(cluster, method, root, artifact_of(path, weights), settings)
@@ -128,7 +135,7 @@ class Run:
                 undo.callback(shutil.rmtree, uri, ignore_errors=True)
             storage = Storage(uri)
             _known_run(storage, cluster.resume)  # a run that is refused is not touched
-            lease = Lease.acquire(storage)
+            lease = _acquire(storage)
             undo.callback(lease.release)
             known = _known_run(storage, cluster.resume)
             run_id = wanted.run_id if known is None else _same_run(uri, known, wanted)
@@ -150,7 +157,8 @@ class Run:
                 cluster,
                 device,
             )
-            run = Run(storage, lease, engine, setup, wanted.backbone, observer, is_new=known is None)
+            sealed_root = (root.network, wanted.artifacts[0])
+            run = Run(storage, lease, engine, sealed_root, setup, observer, is_new=known is None)
             if known is None:
                 # Last: a run that could not be started is none, and its storage can be used again.
                 records.seal(storage, wanted)
@@ -164,11 +172,34 @@ class Run:
 
     def is_root(self, network: nn.Module) -> bool:
         """Whether ``network`` still has the weights that the run began with."""
-        return asdict(artifact_of(*pack_tensors("root", network.state_dict()))) == self._backbone["root"]
+        return artifact_of(*pack_tensors("root", network.state_dict())) == self._root_artifact
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
         return self._engine.workers()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Run]:
+        """Around a call's first shipment and its last answer: what is not wanted any more is given up after it.
+
+        Between calls others may end what the engine holds: the user by ``ray.shutdown()``, another strategy that needs
+        the room. Then it is started again here; raises what ``open`` does of it.
+        """
+        if not self._engine.begin():
+            self._engine.close()
+            try:
+                self._engine.start()
+                # As it is sealed, whatever has become of the caller's since.
+                network = copy.deepcopy(self._root)
+                network.load_state_dict(load_tensors(self.storage, self._root_artifact))
+                self._setup = replace(self._setup, root=self.shipper.ship(network, "the backbone")[0])
+            except BaseException:
+                self._engine.close()
+                raise
+        try:
+            yield self
+        finally:
+            self._engine.end()
 
     def fit_reference(self, data: Shipped) -> None:
         """Statistics and the root's autoencoder from a reference dataset, where the run has none yet."""
@@ -215,19 +246,12 @@ class Run:
             raise
         finally:
             self._first_attempt = machine.next_attempt
-            if not machine.done:
-                self._engine.abandon_calls()
         self._engine.coordinator.export()
 
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
         """Carry out ``requests`` on the workers; results in their order."""
         self._engine.add_workers(self._setup, len(requests))
-        try:
-            results = run_all(self._engine, requests)
-        except BaseException:
-            self._engine.abandon_calls()
-            raise
-        return [result for result in results if isinstance(result, EvaluateResult)]
+        return [result for result in run_all(self._engine, requests) if isinstance(result, EvaluateResult)]
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; give the lease back. The run directory stays."""
@@ -293,6 +317,14 @@ def _record(
         libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
         machine={"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},
     )
+
+
+def _acquire(storage: Storage) -> Lease:
+    try:
+        return Lease.acquire(storage)
+    except RunInUseError:
+        gc.collect()  # closes strategies that nobody can reach any more, as after a notebook's cell was run again
+        return Lease.acquire(storage)
 
 
 def _known_run(storage: Storage, resume: bool) -> RunRecord | None:

@@ -55,10 +55,16 @@ def keeping_sigterm() -> Iterator[None]:
     """Around ``ray.init``, which takes SIGTERM over: the handler of a ``terminable`` block comes back, and after that
     block SIGTERM still is an orderly exit, as Ray wants it."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if isinstance(handler, _Handler) and threading.current_thread() is threading.main_thread():
-        handler.after = _terminate
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(handler, _Handler) and error.code == signal.SIGTERM:  # by Ray's handler, while it started
+            handler.was_told = True
+        raise
+    finally:
+        if isinstance(handler, _Handler) and threading.current_thread() is threading.main_thread():
+            handler.after = _terminate
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager

@@ -243,15 +243,14 @@ class ExpertGateStrategy(ExpertLoop):
         evaluations = evaluation_parts(eval_streams)
         measured = {"valid"} if evaluations is None else {part.info.stream for part in evaluations}
         warn_of_unmeasured(self.plugins, self.eval_every, measured)
-        with terminable():
-            run = driver.open(settings)
-        shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
-        intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
-        try:
-            with terminable(), driver.attaching():
-                run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)
-        finally:
-            self._train_cleanup()
+        with terminable(), driver.open(settings).working() as run:
+            shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
+            intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
+            try:
+                with driver.attaching():
+                    run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)
+            finally:
+                self._train_cleanup()
         driver.warn_of_unequal_tasks()
         return dict(self.evaluator.get_last_metrics())
 
@@ -280,8 +279,8 @@ class ExpertGateStrategy(ExpertLoop):
         asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
         with terminable(), torch.random.fork_rng(devices=[]):
             measure_start(self, asked, kwargs)
-        with terminable():
-            self._answers.extend(ask_workers(driver.run, asked, self.eval_mb_size, self.method))
+        with terminable(), driver.run.working() as run:
+            self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))
         self.plugins.insert(0, driver.reporter)
         try:
             with terminable():

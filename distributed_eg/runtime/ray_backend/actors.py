@@ -6,14 +6,18 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed_eg.errors import ExpertGateError, WorkerLostError
+from distributed_eg.errors import ExpertGateError, RunInUseError, WorkerLostError
+from distributed_eg.runtime.coordinator import Coordinator
 from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
 from distributed_eg.runtime.worker.worker import TaskWorker
 from distributed_eg.store.records import Record
 from distributed_eg.store.registry import Registry
@@ -27,6 +31,7 @@ CONTROL = "control"
 _TIMEOUT_S = 600.0
 """For one call. The first one to a new coordinator, which may come at any time, reads the records of the whole run:
 thousands of small files, on an object store perhaps."""
+_NAME_TIMEOUT_S = 20.0
 
 
 class TaskWorkerActor:
@@ -70,39 +75,73 @@ def _assigned_device() -> str:
     return "cpu"
 
 
-class RemoteCoordinator:
-    """The coordinator actor, called with a deadline; every call may be repeated, for Ray does so after a crash."""
+def start_coordinator(storage_uri: str, run_id: str, generation: int) -> Any:
+    """The named actor of this run; one that an ended driver left behind is gone in a moment.
 
-    def __init__(self, handle: Any) -> None:
+    Raises:
+        RunInUseError: another driver on this cluster holds it.
+    """
+    actor: Any = ray.remote(Coordinator)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    until = time.monotonic() + _NAME_TIMEOUT_S
+    while True:
+        try:
+            return actor.options(
+                name=f"coordinator-{run_id}",
+                namespace=NAMESPACE,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=here,
+            ).remote(storage_uri, generation)
+        except ValueError as error:  # what Ray raises where the name is taken
+            if time.monotonic() > until:
+                raise RunInUseError(
+                    f"The run in {storage_uri!r} has a coordinator on this Ray cluster already, "
+                    f"coordinator-{run_id}: another driver works on it. End that one first."
+                ) from error
+            time.sleep(0.2)
+
+
+class RemoteCoordinator:
+    """The coordinator actor, called with a deadline; every call may be repeated, for Ray does so after a crash.
+
+    Args:
+        handle: the actor.
+        require_ray: raises where Ray is not there any more; asked before every call.
+    """
+
+    def __init__(self, handle: Any, require_ray: Callable[[], None]) -> None:
         self._handle = handle
+        self._require_ray = require_ray
 
     def registry(self) -> Registry:
         """Everything recorded so far."""
-        registry: Registry = _call(self._handle.registry.remote())
+        registry: Registry = self._call("registry")
         return registry
 
     def record(self, record: Record) -> Artifact:
         """Seal a record."""
-        artifact: Artifact = _call(self._handle.record.remote(record))
+        artifact: Artifact = self._call("record", record)
         return artifact
 
     def export(self) -> None:
         """Write the tables as Parquet."""
-        _call(self._handle.export.remote())
+        self._call("export")
 
-
-def _call(reference: Any) -> Any:
-    try:
-        return ray.get(reference, timeout=_TIMEOUT_S)
-    except RayTaskError as error:  # what the coordinator raised, behind Ray's own subclass of it
-        raise error.cause if isinstance(error.cause, ExpertGateError) else error from None
-    except GetTimeoutError as error:
-        raise WorkerLostError(
-            f"The coordinator has not answered for {_TIMEOUT_S:.0f} s; everything that it recorded is sealed, and "
-            "the run can be resumed."
-        ) from error
-    except RayError as error:
-        raise WorkerLostError(f"The coordinator is gone, and the run can be resumed: {error}") from error
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._require_ray()
+        try:
+            return ray.get(getattr(self._handle, method).remote(*arguments), timeout=_TIMEOUT_S)
+        except RayTaskError as error:  # what the coordinator raised, behind Ray's own subclass of it
+            raise error.cause if isinstance(error.cause, ExpertGateError) else error from None
+        except GetTimeoutError as error:
+            raise WorkerLostError(
+                f"The coordinator has not answered for {_TIMEOUT_S:.0f} s; everything that it recorded is sealed, and "
+                "the run can be resumed."
+            ) from error
+        except RayError as error:
+            raise WorkerLostError(f"The coordinator is gone, and the run can be resumed: {error}") from error
 
 
 def wait_until_gone(handles: list[Any], deadline_s: float) -> None:

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_eg.config import ClusterConfig
-from distributed_eg.errors import InputError, ResourceError, RunInUseError, WorkerLostError
-from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
+from distributed_eg.errors import InputError, ResourceError, WorkerLostError
+from distributed_eg.runtime.coordinator import CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
 from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.actors import (
@@ -27,10 +26,12 @@ from distributed_eg.runtime.ray_backend.actors import (
     RemoteCoordinator,
     TaskWorkerActor,
     fetch,
+    start_coordinator,
     wait_until_gone,
 )
-from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, attach_or_start, nodes
+from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, nodes
 from distributed_eg.runtime.ray_backend.errors import classify
+from distributed_eg.runtime.ray_backend.session import SESSION
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving, WorkerLost
 
@@ -41,7 +42,8 @@ _POLL_S = 0.2
 _WATCH_EVERY_S = 5.0
 _SAY_EVERY_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
-_NAME_TIMEOUT_S = 20.0
+_START_S = 20.0
+"""A worker that has not come up after this time may be waiting for room."""
 _MAX_FAILED_STARTS = 20
 """Workers that did not come up, one after the other, while none was there: the cluster is at fault then. What is lost
 while it works is bounded by the budgets of the stages that it worked on."""
@@ -58,6 +60,7 @@ class _Worker:
     name: str
     handle: Any
     ready: Any
+    since: float
     node: str | None = None
     leaving: bool = False
     calls: dict[Any, _Call] = field(default_factory=dict)
@@ -82,7 +85,7 @@ class RayEngine:
         self._gpus = 0.0
         self.shipper = Shipper(self)
         self.coordinator: CoordinatorApi
-        self._owns_ray = False
+        self._at_rest = False
         self._setup: WorkerSetup | None = None
         self._num_tasks: int | None = None
         self._pool: dict[str, _Worker] = {}
@@ -95,15 +98,19 @@ class RayEngine:
 
     def put(self, data: bytes) -> Any:
         """Keep a leaf's bytes in the object store; a NumPy array is read there without a copy."""
+        self._require_ray()
         return ray.put(np.frombuffer(data, dtype=np.uint8))
 
     def get(self, reference: Any) -> memoryview:
         """A leaf's bytes, where they lie in this node's object store."""
+        self._require_ray()
         return fetch(reference)
 
     def start(self) -> None:
         """Attach to the cluster or start Ray on this machine; start the coordinator."""
-        self._owns_ray = attach_or_start(self._config, self._cpus)
+        self._at_rest = False
+        SESSION.enter(self, self._config, self._cpus)
+        self.shipper = Shipper(self)  # what an earlier Ray held is gone
         there = nodes()
         if len({node.address for node in there}) > 1 and self._config.storage is None:
             raise InputError(
@@ -114,13 +121,23 @@ class RayEngine:
         asked = self._config.gpus_per_worker
         self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
         self._refuse_infeasible(there)
-        self._coordinator = self._start_coordinator()
-        self.coordinator = RemoteCoordinator(self._coordinator)
+        self._coordinator = start_coordinator(self._storage_uri, self._run_id, self._generation)
+        self.coordinator = RemoteCoordinator(self._coordinator, self._require_ray)
+
+    def begin(self) -> bool:
+        """Work from now on, where all is there still: Ray may have been shut down, or others may have needed room."""
+        with SESSION.lock:
+            if not SESSION.holds(self):
+                return False
+            self._at_rest = False
+            SESSION.works(self)
+            return True
 
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
         """Grow the pool to ``num_workers``, or to what the cluster holds, at most one a task."""
+        self._require_ray()
         self._setup, self._num_tasks = setup, num_tasks
-        self._without_worker_since = time.monotonic()
+        self._without_worker_since = self._said_at = time.monotonic()
         self._grow(nodes())
 
     def workers(self) -> list[WorkerJoined]:
@@ -129,11 +146,13 @@ class RayEngine:
 
     def submit(self, call: int | None, worker: str, request: Request) -> None:
         """Begin a call on a worker."""
+        self._require_ray()
         state = self._pool[worker]
         state.calls[state.handle.run.remote(request)] = _Call(call, time.monotonic())
 
     def wait(self) -> list[Report]:
         """Reports since the last call, lost workers first; waits a moment for the first."""
+        self._require_ray()
         references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:
@@ -155,26 +174,43 @@ class RayEngine:
         # Whoever is told of an ended call may give that worker another one at once.
         return sorted(reports, key=lambda report: not isinstance(report, WorkerLost))
 
-    def abandon_calls(self) -> None:
-        """End the workers that are busy; others take their places when there is work again."""
-        busy = [worker for worker in self._pool.values() if worker.calls]
-        self._stop(busy)
-        for worker in busy:
-            del self._pool[worker.name]
+    def end(self) -> None:
+        """End the workers whose answers are not wanted any more; others are kept until somebody needs their room."""
+        if SESSION.holds(self):
+            busy = [w for w in self._pool.values() if any(call.number is not None for call in w.calls.values())]
+            self._stop(busy)
+            for worker in busy:
+                del self._pool[worker.name]
+        self._at_rest = True
+
+    def is_at_rest(self) -> bool:
+        """Whether no call of the strategy works with it."""
+        return self._at_rest
+
+    def num_workers(self) -> int:
+        """How many workers it holds, or asks for."""
+        return len(self._pool) + len(self._starting)
 
     def close(self) -> None:
-        """End the actors and, where ``start`` began it, Ray."""
-        if not ray.is_initialized():  # Ray's own exit came first, and took the actors with it
-            return
-        self._stop([*self._pool.values(), *self._starting.values()])
-        if self._coordinator is not None:
-            ray.kill(self._coordinator)
-        self._pool.clear()
-        self._starting.clear()
-        self._coordinator = None
-        if self._owns_ray:
-            ray.shutdown()
-            self._owns_ray = False
+        """End the actors and, where nobody else in this process uses a Ray that was started here, Ray."""
+        with SESSION.lock:
+            if SESSION.holds(self):  # else Ray's own end came first, and took the actors with it
+                self._stop([*self._pool.values(), *self._starting.values()])
+                if self._coordinator is not None:
+                    ray.kill(self._coordinator)
+            self._pool.clear()
+            self._starting.clear()
+            self._coordinator = None
+            SESSION.leave(self)
+
+    def _require_ray(self) -> None:
+        """Ray's own calls would start another one."""
+        if not SESSION.holds(self):
+            raise WorkerLostError(
+                "Ray was shut down in this process while the strategy worked, and its workers are gone. What is sealed "
+                "is kept: train what strategy.registry lacks, or make a new strategy with ClusterConfig(storage=…, "
+                "resume=True) on the same storage and give it the same stream."
+            )
 
     def _stop(self, workers: list[_Worker]) -> None:
         """Ask workers to end what they do, wait a moment, end them."""
@@ -185,40 +221,19 @@ class RayEngine:
             ray.kill(worker.handle)
         wait_until_gone([worker.handle for worker in workers if worker.name in self._pool], _CLOSE_TIMEOUT_S)
 
-    def _start_coordinator(self) -> Any:
-        """The named actor of this run; one that an ended driver left behind is gone in a moment.
-
-        Raises:
-            RunInUseError: another driver on this cluster holds it.
-        """
-        actor: Any = ray.remote(Coordinator)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        until = time.monotonic() + _NAME_TIMEOUT_S
-        while True:
-            try:
-                return actor.options(
-                    name=f"coordinator-{self._run_id}",
-                    namespace=NAMESPACE,
-                    num_cpus=0,
-                    max_restarts=-1,
-                    max_task_retries=-1,
-                    scheduling_strategy=here,
-                ).remote(self._storage_uri, self._generation)
-            except ValueError as error:  # what Ray raises where the name is taken
-                if time.monotonic() > until:
-                    raise RunInUseError(
-                        f"The run in {self._storage_uri!r} has a coordinator on this Ray cluster already, "
-                        f"coordinator-{self._run_id}: another driver works on it. End that one first."
-                    ) from error
-                time.sleep(0.2)
-
     def _grow(self, there: list[Node]) -> None:
         asked = self._config.num_workers
         fits = sum(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving)
         useful = fits if self._num_tasks is None else min(fits, self._num_tasks)
         wanted = useful if asked == "auto" else asked
         staying = sum(not worker.leaving for worker in self._pool.values())
-        for _ in range(max(1, wanted) - staying - len(self._starting)):
+        late = time.monotonic() - _START_S
+        num_waiting = sum(worker.since < late for worker in self._starting.values())
+        num_new = max(0, max(1, wanted) - staying - len(self._starting))
+        if num_waiting or num_new:
+            free = sum(node.room_for(self._cpus, self._gpus) for node in nodes(free=True) if not node.leaving)
+            SESSION.make_room(self, num_waiting + num_new - free)
+        for _ in range(num_new):
             self._spawn()
 
     def _spawn(self) -> None:
@@ -235,7 +250,7 @@ class RayEngine:
             namespace=NAMESPACE,
             runtime_env=environment,
         ).remote(self._setup)
-        self._starting[name] = _Worker(name, handle, handle.where.remote())
+        self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
 
     def _started(self, worker: _Worker) -> list[Report]:
         del self._starting[worker.name]
@@ -306,7 +321,8 @@ class RayEngine:
         offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
         raise ResourceError(
             f"A worker asks for {self._cpus:g} CPU and {self._gpus:g} GPU, which no node has ({offers}); lower "
-            "cpus_per_worker or gpus_per_worker, or add a node."
+            "cpus_per_worker or gpus_per_worker, or add a node. Where another strategy of this process started Ray, "
+            "close that one first: Ray is started as large as the first one needs it."
         )
 
     def _refuse_long_waits(self) -> None:
@@ -318,10 +334,11 @@ class RayEngine:
         waited_s = now - self._without_worker_since
         free, there = ray.available_resources(), ray.cluster_resources()
         offers = " and ".join(f"{free.get(name, 0):g} of {there.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        wait = "Wait for " + ("the other strategies of this process" if SESSION.others_work(self) else "other jobs")
         why = f"each asks for {self._cpus:g} CPU and {self._gpus:g} GPU, and {offers} are free, or a start takes them"
         if waited_s > self._config.startup_timeout_s:
             raise ResourceError(
-                f"No worker came up within {waited_s:.0f} s: {why}. Wait for other jobs, lower the demand, or raise "
+                f"No worker came up within {waited_s:.0f} s: {why}. {wait}, lower the demand, or raise "
                 "startup_timeout_s; the run can be resumed."
             )
         if now - self._said_at > _SAY_EVERY_S:

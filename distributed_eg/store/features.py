@@ -31,27 +31,38 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
     rows = 0
     writer: pa.ipc.RecordBatchFileWriter | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(partial), "wb") as sink:
-            for batch in batches:
+        with contextlib.ExitStack() as opened:
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sink = opened.enter_context(pa.OSFile(str(partial), "wb"))
+            for batch in batches:  # what this raises is no fault of the scratch folder, even if it is an OSError
                 values = batch.cpu().numpy()
                 array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
                 record = pa.record_batch([array], names=["features"])
-                writer = writer or pa.ipc.new_file(sink, record.schema)
-                writer.write_batch(record)
+                with _writing(path):
+                    writer = writer or pa.ipc.new_file(sink, record.schema)
+                    writer.write_batch(record)
                 rows += len(values)
-            if writer is not None:
-                writer.close()
-        if rows:
-            partial.replace(path)
-    except OSError as error:
-        raise StorageError(f"The scratch folder {str(path.parent)!r} cannot be written: {error}") from error
+            with _writing(path):
+                if writer is not None:
+                    writer.close()
+                opened.close()
+                if rows:
+                    partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
     if rows == 0:
         raise InputError("There are no images to take features of: a training or validation part is empty.")
     return rows
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"The scratch folder {str(path.parent)!r} cannot be written: {error}") from error
 
 
 class FeatureFile:

@@ -17,16 +17,20 @@ from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
-from distributed_eg.strategy.tasks.experiences import label_of, task_labels_of
+from distributed_eg.strategy.tasks.experiences import index_of, label_in_samples, task_labels_of
 
 
 def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:
-    """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it."""
+    """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it.
+
+    The dataset may be read: whatever has to see it unread has been given it.
+    """
     labels = task_labels_of(experience)
     if labels is not None and len(labels) > 1:
         of_sample = [int(label) for label in dataset.targets_task_labels]
     else:
-        of_sample = [label_of(experience)] * len(dataset)
+        label = label_in_samples(dataset) if labels is None else labels[0]
+        of_sample = [index_of(experience) if label is None else label] * len(dataset)
     tasks = {manifest.label: task for task, manifest in registry.newest.items()}
     return [tasks.get(label, -1) for label in of_sample]
 

@@ -1,12 +1,10 @@
-"""What a strategy checks of what it is given: optimizer, criterion, settings that go unread."""
+"""What a strategy checks of what it is given: optimizer, device, settings that go unread."""
 
 from __future__ import annotations
 
 import warnings
 
 import torch
-from torch import Tensor
-from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
 from distributed_eg.config import AutoencoderConfig
@@ -23,12 +21,6 @@ def warn_of_ignored(config: AutoencoderConfig) -> None:
     ignored = [name for field, name in _SGD_ONLY.items() if getattr(config, field) != getattr(default, field)]
     if config.kind == "linear" and ignored:
         warnings.warn(f"autoencoder='linear' is closed form: it ignores {', '.join(ignored)}.", stacklevel=4)
-
-
-def takes_infinities(criterion: object) -> bool:
-    """Whether logits of −inf at absent classes leave its value and gradient as they are: plain cross-entropy only."""
-    is_plain = type(criterion) is CrossEntropyLoss and criterion.label_smoothing == 0
-    return is_plain or criterion is torch.nn.functional.cross_entropy
 
 
 def check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
@@ -50,15 +42,3 @@ def driver_device(device: torch.device | str | None) -> torch.device | str:
     """What the driver's own copy of the model is on: a GPU that only workers have is none here."""
     wants_cuda = device is not None and str(device).startswith("cuda")
     return "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
-
-
-def one_number(loss: object) -> Tensor:
-    """``loss``, as it is.
-
-    Raises:
-        InputError: it is not one number.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
-    return loss

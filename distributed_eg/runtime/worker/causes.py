@@ -1,26 +1,119 @@
-"""Why a call on a worker failed, told from the exception that it raised there."""
+"""Why a call on a worker failed, and whose exception it was: told from the exception and the frames that it passed."""
 
 from __future__ import annotations
 
+import dis
+import signal
+import traceback
+from collections.abc import Iterator
+from types import FrameType, FunctionType
+
 import torch
 
-from distributed_eg.errors import DamagedFileError, StorageError, WorkerLostError
+from distributed_eg.errors import DamagedFileError, HookError, StorageError, WorkerLostError
+from distributed_eg.runtime.worker.contract import item_of
 from distributed_eg.schedule.events import Cause
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 """What torch says, in a plain RuntimeError, where the machine has no memory left."""
+_HOSTS = {"distributed_eg", "avalanche", "torch", "contextlib"}
+"""Whose frames may lie between a stage and our own storage."""
 
 
 def cause_of(error: BaseException) -> Cause:
-    """The cause of a failed stage, looked for in ``error`` and in what it was raised from."""
-    if isinstance(error, DamagedFileError):  # a file of another task: writing again does not help this one
-        return Cause.RAISED
-    if isinstance(error, StorageError):
-        return Cause.STORAGE
-    if isinstance(error, WorkerLostError):  # data that lay on a lost node
-        return Cause.NODE_LOST
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return Cause.OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY):
-        return Cause.OUT_OF_MEMORY
-    return Cause.RAISED if error.__cause__ is None else cause_of(error.__cause__)
+    """The cause of a failed stage. What a user's code raises is its own, whatever class and text it gives it; only an
+    allocator that found no memory there is believed."""
+    if isinstance(error, HookError):
+        return Cause.OUT_OF_MEMORY if _is_out_of_memory(error.__cause__) else Cause.RAISED
+    if is_ours(error):
+        if isinstance(error, DamagedFileError):  # a file of another task: writing again does not help this one
+            return Cause.RAISED
+        if isinstance(error, StorageError):
+            return Cause.STORAGE
+        if isinstance(error, WorkerLostError):  # data that lay on a lost node
+            return Cause.NODE_LOST
+        return Cause.RAISED if error.__cause__ is None else cause_of(error.__cause__)
+    return Cause.OUT_OF_MEMORY if _is_out_of_memory(error) else Cause.RAISED
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether it is an error of this package that its own code raised: users may raise the same classes, and one of
+    the storage is a fault of the run's only where no user's code asked for it."""
+    passed = [_package(frame) for frame in _frames(error)]
+    if type(error).__module__ != "distributed_eg.errors" or passed[-1:] not in ([], ["distributed_eg"]):
+        return False
+    return not isinstance(error, StorageError | WorkerLostError) or _HOSTS.issuperset(passed)
+
+
+def ends_process(error: BaseException) -> bool:
+    """Whether it is meant for the process, not for the stage that it came up in: Ctrl-C, or what a signal's handler
+    raised. A plain ``sys.exit()`` in a user's code is not."""
+    if isinstance(error, Exception | KeyboardInterrupt):
+        return isinstance(error, KeyboardInterrupt)
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    functions = [part for handler in handlers for part in (handler, vars(type(handler)).get("__call__"))]
+    codes = [part.__code__ for part in functions if isinstance(part, FunctionType)]
+    return any(frame.f_code in codes for frame in _frames(error))
+
+
+def users_error(error: BaseException, doing: str, *, place: str = "", note: str = "") -> HookError:
+    """What a user's code raised while ``doing``, as an error of ours: where, its class and text, and its traceback."""
+    lines = "".join(traceback.format_exception(error))
+    return HookError(f"{doing} failed{place or _place(error)}: {told(error)}\n{note}{lines}")
+
+
+def told(error: BaseException) -> str:
+    """An exception's class and text, whatever its own methods do."""
+    try:
+        text = str(error)
+    except Exception as broken:
+        text = f"(its text cannot be had: {type(broken).__name__})"
+    return f"{type(error).__name__}: {text}"
+
+
+def _place(error: BaseException) -> str:
+    """Whose mistake it is, such as " in the plugin X in before_forward", from the innermost frame of Avalanche's or
+    torch's own dispatch; empty without one."""
+    found = ""
+    for frame in _frames(error):
+        name, local = frame.f_code.co_name, frame.f_locals
+        if name == "trigger_plugins" and {"p", "event"} <= local.keys():
+            found = f" in the plugin {type(local['p']).__name__} in {local['event']}"
+        elif name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
+            found = f" in the metric {_named(local['metric'])} in {local['callback']}"
+        elif name == "_getitem_recursive_call" and {"dd", "idx"} <= local.keys():
+            found = f" in {item_of(local['dd'], local['idx'])}"
+        elif name == "fetch" and "data" in local:
+            found = " in the collate function"
+        elif name == "criterion" and hasattr(local.get("self"), "_criterion"):
+            found = f" in the criterion {_named(local['self']._criterion)}"
+        elif name == "optimizer_step":
+            found = " in the optimizer's step"
+    return found
+
+
+def _named(value: object) -> str:
+    try:
+        return str(getattr(value, "__name__", value))
+    except Exception:  # its __str__ may be what is broken
+        return type(value).__name__
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocator found no memory left. Allocators are no Python code: what a ``raise`` statement says of
+    memory is some code's own opinion, and comes again."""
+    says_so = isinstance(error, RuntimeError) and any(words in told(error).lower() for words in _NO_MEMORY)
+    if error is None or not (says_so or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] != "RAISE_VARARGS"
+
+
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    return (frame for frame, _line in traceback.walk_tb(error.__traceback__))
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -18,6 +18,7 @@ from distributed_eg.errors import InputError, StoppedError
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import TaskData, TaskInput, WorkerSetup
+from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.records import StatisticsRecord
@@ -50,15 +51,10 @@ class WorkerContext:
         """Set once the driver has been told to stop; what runs looks at it between batches."""
         _clear_earlier(setup)
 
-    def batches(self, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of all samples, in order, in batches of the run's feature batch size."""
-        loader = DataLoader(
-            dataset,
-            batch_size=self.setup.method.feature_batch_size,
-            sampler=range(len(dataset)),
-            collate_fn=getattr(dataset, "collate_fn", None),
-        )
-        for batch in loader:
+        batch_size = self.setup.method.feature_batch_size
+        for batch in DataLoader(reader, batch_size, sampler=range(len(reader)), collate_fn=reader.collate):
             if self.stopping.is_set():
                 raise StoppedError("The driver was told to stop.")
             yield batch[0], batch[1]
@@ -76,7 +72,7 @@ class WorkerContext:
             )
         if not bool(torch.isfinite(images).all()):
             raise InputError(f"The images of {what} hold NaN or infinite pixels; check its transforms.")
-        features: Tensor = self.backbone(images.to(self.device, torch.float32))
+        features: Tensor = self.backbone(images.to(self.device))
         return features
 
     def scratch_file(self, key: str, part: str) -> Path:
@@ -98,7 +94,7 @@ class WorkerContext:
         allowed = torch.tensor(task_input.record.classes)
 
         def batches() -> Iterator[Tensor]:
-            for images, targets in self.batches(dataset):
+            for images, targets in self.batches(Reader(dataset, what)):
                 strangers = targets[~torch.isin(targets.cpu(), allowed)]
                 if len(strangers):
                     raise InputError(

@@ -19,6 +19,7 @@ from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExperts, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
+from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
@@ -57,9 +58,9 @@ def extract_features(context: WorkerContext, request: messages.FeaturesRequest) 
 
 def fit_reference(context: WorkerContext, request: messages.ReferenceRequest) -> StatisticsRecord:
     """Statistics of a reference dataset, and the autoencoder that makes the pretrained root a candidate."""
-    dataset = request.data.load(context.fetch)
+    reader = Reader(request.data.load(context.fetch), "the reference dataset", labels="any")
     path = context.scratch_file("reference", "train")
-    batches = (context.features(images, "the reference dataset") for images, _ in context.batches(dataset))
+    batches = (context.features(images, "the reference dataset") for images, _ in context.batches(reader))
     write_features(path, batches)
     statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS)).to(context.device)
     method = context.setup.method
@@ -170,7 +171,7 @@ def drop_features(context: WorkerContext, request: messages.DropRequest) -> None
 @torch.no_grad()
 def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messages.EvaluateResult:
     """Route and predict; each image passes the backbone once, and each chosen expert once."""
-    dataset = request.data.load(context.fetch)
+    reader = Reader(request.data.load(context.fetch), "the evaluated experience")
     known: GateAndExperts = request.gate_and_experts.load(context.fetch)
     gate = context.reader.gate(known.gate)
     width = 1 + max(max(ref.classes) for ref in known.experts.values())
@@ -183,10 +184,10 @@ def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messa
         with reproducible(
             derive_seed(context.setup.method.seed, -1, f"evaluate {first}"), context.setup.cluster.threads
         ):
-            samples = [dataset[i] for i in range(first, last)]
-        images, targets = dataset.collate_fn(samples)[:2]
+            samples = [reader[i] for i in range(first, last)]
+        images, targets = reader.collate(samples)[:2]
         features = context.features(images, "the evaluated experience")
-        images = images.to(context.device, torch.float32)
+        images = images.to(context.device)
         routing = gate.route(features)
 
         def expert_of(task: TaskId) -> Expert:

@@ -14,7 +14,7 @@ from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import Done, Raised, Request, Result, WorkerSetup
 from distributed_eg.runtime.worker import stages
-from distributed_eg.runtime.worker.causes import cause_of
+from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours, told
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.types import derive_seed
 
@@ -43,9 +43,11 @@ class TaskWorker:
         try:
             with reproducible(_seed(request, setup.method.seed), setup.cluster.threads):
                 result = _STAGES[type(request)](self._context, request)
-        except Exception as error:
-            ours = error if isinstance(error, ExpertGateError) else None
-            message = str(error) if ours else f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            if ends_process(error):
+                raise
+            ours = error if isinstance(error, ExpertGateError) and is_ours(error) else None
+            message = told(error) if ours is None else str(error)
             took_s = time.perf_counter() - started
             return Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
         return Done(result, time.perf_counter() - started)

@@ -101,7 +101,7 @@ def _samples_sha256(dataset: Dataset[object], length: int) -> str:
         for i in range(count):
             try:
                 samples.append(_described(dataset[i * (length - 1) // max(1, count - 1)]))
-            except Exception as error:  # told by its class; the stage that needs the sample reports it
+            except (Exception, SystemExit) as error:  # told by its class; the stage that needs the sample reports it
                 samples.append(named(error))
     return json_sha256(samples)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 
@@ -19,6 +21,7 @@ from distributed_eg.strategy.tasks.data_identity import identity_of
 from distributed_eg.strategy.tasks.experiences import (
     Part,
     WorkerExperience,
+    label_in_samples,
     parts_of,
     rebuild,
     task_data,
@@ -27,6 +30,8 @@ from distributed_eg.strategy.tasks.experiences import (
 )
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
+
+logger = logging.getLogger(__name__)
 
 Streams = Sequence[CLExperience | Iterable[CLExperience]]
 
@@ -83,6 +88,8 @@ class Intake:
         self._versions = {manifest.label: manifest.versions for manifest in newest}
         self._classes = {manifest.label: manifest.classes for manifest in newest}
         self._last = -1
+        self._has_told = False
+        self._evaluations = None if self.evaluations is None else list(self.evaluations)
 
     def next_task(self) -> TaskInput | None:
         """The stream's next task; None at its end.
@@ -103,10 +110,18 @@ class Intake:
             validation = validation_of(experience, self.valid_stream)
             parts = parts_of(experience)
             for part in parts:
-                valid = with_label(validation, part.label) if len(parts) > 1 else validation
+                valid = validation
+                if validation is not None and len(parts) > 1:
+                    valid = with_label(validation, part.label, f"The validation part of experience {part.info.index}")
                 yield self._input(experience, part, valid)
 
     def _input(self, experience: CLExperience, part: Part, valid: LabelledDataset | None) -> TaskInput:
+        what = f"the dataset of experience {part.info.index}"
+        _, held = self.run.shipper.ship(part.dataset, what)  # so that each leaf is stored once
+        copy = self._copy(part.dataset)
+        identity = {**self.settings, "data": identity_of(copy)}
+        part = self._labelled(part, copy)
+        del copy
         before = self._versions.get(part.label, ())
         if before and self.on_repeat == "error":
             raise _repeated(part.label, f"as task {before[0]}")
@@ -116,24 +131,50 @@ class Intake:
         classes = tuple(sorted({*part.classes, *known}))
         versions = (*before, task)
         self._versions[part.label], self._classes[part.label] = versions, classes
-        given = self.evaluations
+        given = self._evaluations
         measured = None if given is None else [other for other in given if other.label == part.label]
         seed, fraction = self.method.seed, self.method.validation_fraction
         data = task_data(part, task, seed, fraction, valid=valid, evaluations=measured)
-        shipped, leaves = self.run.shipper.ship(data, f"the dataset of experience {part.info.index}")
+        shipped, leaves = self.run.shipper.ship(data, what)
         self._held[task] = (experience, [rebuild(info, dataset) for info, dataset in data.evaluations], leaves)
-        identity = {**self.settings, "data": self._identity(part.dataset)}
+        del held
         if valid is not None:
-            identity["validation"] = self._identity(valid)
+            identity["validation"] = identity_of(self._copy(valid))
         if measured is not None:  # plugins may act on what is measured: early stopping does
-            identity["evaluations"] = [self._identity(other.dataset) for other in measured]
+            identity["evaluations"] = [identity_of(self._copy(other.dataset)) for other in measured]
         record = TaskRecord(task, part.label, classes, versions, continues, identity)
         return TaskInput(record, shipped, part.info, uuid.uuid4().hex)
 
-    def _identity(self, dataset: object) -> dict[str, str | int]:
-        """What ``dataset`` is recognised by, read from a copy: the caller's may count what is read, or draw."""
+    def _labelled(self, part: Part, copy: LabelledDataset) -> Part:
+        """A part that nobody gave a label, with the one that its samples carry, if they do.
+
+        Raises:
+            InputError: it has a label, and its samples carry another one.
+        """
+        index, label = part.info.index, label_in_samples(copy)
+        if part.is_labelled:
+            if label not in (None, part.label):
+                raise InputError(
+                    f"Experience {index} contradicts itself on its task labels: it is of {part.label} but its samples "
+                    f"carry {label}, third."
+                )
+            return part
+        if label is None:
+            if not self._has_told:
+                logger.info("Experience %d has no task labels: its index is taken, as for all like it.", index)
+            self._has_told = True
+            return part
+        logger.warning("The task label %d of experience %d is the one that its samples carry third.", label, index)
+        for i, other in enumerate(self._evaluations or ()):  # what is measured is found by the same labels
+            if not other.is_labelled:
+                found = label_in_samples(self._copy(other.dataset))
+                self._evaluations[i] = replace(other, label=found or other.label, is_labelled=True)  # type: ignore[index]
+        return replace(part, label=label)
+
+    def _copy(self, dataset: object) -> Any:
+        """A copy to read from, with evaluation transforms: the caller's may count what is read, or draw."""
         copy = self.run.shipper.copy(dataset, "a dataset")
-        return identity_of(copy.eval() if hasattr(copy, "eval") else copy)
+        return copy.eval() if hasattr(copy, "eval") else copy
 
 
 def _repeated(label: int, where: str) -> InputError:

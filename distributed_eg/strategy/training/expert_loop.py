@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
-import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from torch import Tensor
+from torch.nn.functional import pad
 
-from distributed_eg.strategy import checks
+from distributed_eg.errors import HookError, InputError
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
+from distributed_eg.runtime.worker.contract import conform
 from distributed_eg.strategy.avalanche_types import Template
+from distributed_eg.strategy.training import losses
 from distributed_eg.strategy.training.checkpoint import Checkpointing
 from distributed_eg.strategy.training.single_expert import SingleExpert
 
@@ -27,10 +30,12 @@ class ExpertLoop(Template):
         evaluations: Sequence[CLExperience],
         loader_args: dict[str, object],
     ) -> None:
-        """Avalanche's training loop over one experience; called on a worker, on that worker's copy."""
-        weight = getattr(self._criterion, "weight", None)
-        if isinstance(weight, Tensor):
-            model.width = max(model.width, len(weight))
+        """Avalanche's training loop over one experience; called on a worker, on that worker's copy.
+
+        Raises:
+            InputError: the criterion's weights are not over all classes.
+        """
+        model.width = max(model.width, losses.check_weights(self._criterion, model.classes))
         streams: dict[str, list[CLExperience]] = {}  # together, as ``eval`` wants them
         for measured in evaluations if self.eval_every > -1 else ():
             streams.setdefault(measured.origin_stream.name, []).append(measured)
@@ -49,16 +54,48 @@ class ExpertLoop(Template):
             if run is not None:
                 run.epoch_ended(epoch + 1)
 
-    def criterion(self) -> Tensor:
-        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets.
+    def training_epoch(self, **kwargs: object) -> None:
+        """Avalanche's loop over the batches of an epoch.
 
         Raises:
-            InputError: it is not one number.
+            HookError: the loader ended early, as it does where a dataset raises ``StopIteration``.
         """
-        model = self.model
-        if isinstance(model, SingleExpert) and self.is_training and not checks.takes_infinities(self._criterion):
-            classes = torch.tensor(model.classes, device=self.mb_y.device)
-            loss = self._criterion(self.mb_output[:, classes], torch.searchsorted(classes, self.mb_y))
-        else:
-            loss = super().criterion()
-        return checks.one_number(loss)
+        first = self.clock.train_epoch_iterations
+        super().training_epoch(**kwargs)
+        loader, done = self.dataloader, self.clock.train_epoch_iterations - first
+        own_order = {"sampler", "batch_sampler"}.isdisjoint(getattr(loader, "loader_kwargs", ("sampler",)))
+        if own_order and isinstance(loader, Sized) and done < len(loader) and not self._stop_training:
+            raise HookError(
+                f"The data loader ended after {done} of {len(loader)} batches: the dataset, a transform or the collate "
+                "function raised StopIteration, which ends a loop without a word."
+            )
+
+    def _unpack_minibatch(self) -> None:
+        """Avalanche's, for batches by the contract; what follows images and targets may be no tensor.
+
+        Raises:
+            InputError: the batch holds no images and targets.
+        """
+        try:
+            batch = conform(self.mbatch, "soft" if self.is_training else "ids")
+        except InputError as error:
+            where = f"batch {self.clock.train_epoch_iterations} of a training" if self.is_training else "an evaluation"
+            raise InputError(f"The data of {where} epoch cannot be used: {error}.") from None
+        self.mbatch = [part.to(self.device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch]
+
+    def criterion(self) -> Tensor:
+        """Loss of the current mini-batch; a criterion that is no plain cross-entropy gets local logits and targets, and
+        so does any criterion where targets are soft.
+
+        Raises:
+            InputError: it is not one number, or the targets are none for this criterion or task.
+        """
+        model, criterion, targets = self.model, self._criterion, self.mb_y
+        classes = model.classes if isinstance(model, SingleExpert) and self.is_training else None
+        losses.check_targets(criterion, targets, classes)
+        if classes is not None and (targets.is_floating_point() or not losses.takes_infinities(criterion)):
+            return losses.one_number(losses.local_loss(criterion, self.mb_output, targets, classes))
+        output, weight = self.mb_output, getattr(criterion, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > output.shape[1]:
+            output = pad(output, (0, len(weight) - output.shape[1]), value=ABSENT_LOG_PROBABILITY)
+        return losses.one_number(criterion(output, targets))

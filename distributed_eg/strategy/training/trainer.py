@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from avalanche.training.plugins.clock import Clock
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distributed_eg.errors import DivergedError, ExpertGateError, HookError, StoppedError
+from distributed_eg.errors import DivergedError, HookError, InputError, StoppedError
 from distributed_eg.method.distill import Distillation
 from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
+from distributed_eg.runtime.worker.causes import ends_process, is_ours, users_error
 from distributed_eg.store.layout import task_file
 from distributed_eg.strategy.avalanche_types import Plugin, Template
 from distributed_eg.strategy.tasks.experiences import rebuild
 from distributed_eg.strategy.training.checkpoint import Checkpointing
+from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.packing import PackedStrategy, unpack
 from distributed_eg.strategy.training.single_expert import SingleExpert
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class StrategyTrainer:
 
         Raises:
             DivergedError: the loss, or a weight, is not finite.
+            HookError: the user's code raised: a dataset, a plugin, a metric, a criterion, a method.
+            InputError: a batch cannot be used, or no optimizer step was taken.
         """
         width = max(job.classes) + 1
         model = SingleExpert(job.network, job.classes, width, freeze_norm=job.method.freeze_norm)
@@ -51,6 +58,8 @@ class StrategyTrainer:
         strategy.device = job.device
         if isinstance(strategy._criterion, nn.Module):
             strategy._criterion.to(job.device)
+        before = _fingerprint(job.network)
+        counting = register_optimizer_step_post_hook(rules.count_step)
         try:
             with warnings.catch_warnings():
                 # A scheduler misses the mark that it set on the driver's optimizer; the order of steps is right.
@@ -61,14 +70,17 @@ class StrategyTrainer:
                     [rebuild(info, dataset) for info, dataset in job.data.evaluations],
                     self.loader_args,
                 )
-        except ExpertGateError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if is_ours(error) or ends_process(error):
+                raise
             raise _hook_error(error, job, strategy._checkpointing) from error
         finally:
+            counting.remove()
             if distillation is not None:
                 distillation.detach()
         _require_finite(job)
+        if not rules.num_steps and _fingerprint(job.network) == before:
+            _refuse_unlearnt(job, strategy, self.loader_args)
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
 
 
@@ -81,6 +93,14 @@ class _ExpertRules(Plugin):
         self._distillation = distillation
         self._total = 0.0
         self._count = 0
+        self.num_steps = 0
+        """Steps of an optimizer that holds parameters of the expert with a gradient. An ``optimizer_step`` or
+        ``backward`` of the user's own counts as one: what it does is theirs to decide."""
+
+    def count_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Told of every step of every torch optimizer, whoever made it."""
+        own = {id(parameter) for parameter in self._job.network.parameters() if parameter.grad is not None}
+        self.num_steps += any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     @property
     def mean_distillation(self) -> float | None:
@@ -90,11 +110,11 @@ class _ExpertRules(Plugin):
     def state_dict(self) -> dict[str, Any]:
         """The running totals, and the old head, which learns, too."""
         old_head = {} if self._distillation is None else self._distillation.old_head.state_dict()
-        return {"total": self._total, "count": self._count, "old head": old_head}
+        return {"total": self._total, "count": self._count, "steps": self.num_steps, "old head": old_head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from those."""
-        self._total, self._count = state["total"], int(state["count"])
+        self._total, self._count, self.num_steps = state["total"], int(state["count"]), int(state["steps"])
         if self._distillation is not None:
             self._distillation.old_head.load_state_dict(state["old head"])
 
@@ -108,6 +128,8 @@ class _ExpertRules(Plugin):
 
     def before_update(self, strategy: Template, *_: object, **__: object) -> None:
         """Refuse to step on a loss that is not finite, or once the driver was told to stop."""
+        kind = type(strategy)
+        self.num_steps += (kind.optimizer_step, kind.backward) != (ExpertLoop.optimizer_step, ExpertLoop.backward)
         if self._job.is_stopping():
             raise StoppedError(f"Task {self._job.task} ended early: its driver was told to stop.")
         if not bool(torch.isfinite(strategy.loss).all()):
@@ -133,28 +155,32 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
     return distillation
 
 
-def _hook_error(error: Exception, job: ExpertJob, checkpointing: Checkpointing | None) -> HookError:
+def _hook_error(error: BaseException, job: ExpertJob, checkpointing: Checkpointing | None) -> HookError:
     note = ""
     if checkpointing is not None and (epochs := checkpointing.resumed_after):
         path = task_file(job.task, "checkpoint")
         note = f"It went on from its checkpoint after {epochs} epochs; if that is why, delete {path!r}.\n"
-    return HookError(
-        f"Training the expert of task {job.task} (label {job.label}) failed{_raised_by(error)}: "
-        f"{type(error).__name__}: {error}\n{note}{traceback.format_exc()}"
+    return users_error(error, f"Training the expert of task {job.task} (label {job.label})", note=note)
+
+
+def _fingerprint(network: nn.Module) -> list[float]:
+    """What tells whether anybody moved a parameter, be it by hand."""
+    sums = [parameter.detach().double().sum() for parameter in network.parameters()]
+    return torch.stack(sums).tolist() if sums else []
+
+
+def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[str, object]) -> None:
+    """An expert that learnt nothing is its parent with a random head: no answer, unless no epochs were asked for."""
+    if strategy.train_epochs == 0:
+        logger.warning("The expert of task %d (label %d) is not trained: train_epochs=0.", job.task, job.label)
+        return
+    raise InputError(
+        f"The expert of task {job.task} (label {job.label}) learnt nothing: no optimizer step moved a parameter of it "
+        f"in {strategy.train_epochs} epochs over {len(job.data.train)} training samples with train_mb_size="
+        f"{strategy.train_mb_size} and {dict(loader_args)}. Likely causes: drop_last with fewer samples than a batch, "
+        "a sampler that yields nothing, a plugin that stops training before its first step, a method of the loop that "
+        "does nothing, or an optimizer that no longer holds the expert's parameters."
     )
-
-
-def _raised_by(error: BaseException) -> str:
-    """Whose mistake it is, such as " in the plugin X in before_forward", from the innermost frame of Avalanche's own
-    dispatch; empty without one."""
-    found = ""
-    for frame, _line in traceback.walk_tb(error.__traceback__):
-        name, local = frame.f_code.co_name, frame.f_locals
-        if name == "trigger_plugins" and {"p", "event"} <= local.keys():
-            found = f" in the plugin {type(local['p']).__name__} in {local['event']}"
-        elif name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
-            found = f" in the metric {local['metric']} in {local['callback']}"
-    return found
 
 
 def _require_finite(job: ExpertJob) -> None:

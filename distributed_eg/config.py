@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
+from distributed_eg import given
 from distributed_eg.errors import InputError
+from distributed_eg.masking import masked
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 Engine = Literal["ray", "inline"]
 AutoencoderOptimizer = Literal["sgd", "adagrad", "adam"]
+
+Rule = tuple[str, Callable[[float], bool]]
+"""What a number must do, as words behind "it must", and as a test."""
+
+_POSITIVE: Rule = ("be positive", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE: Rule = ("not be negative", lambda value: 0 <= value < math.inf)
+_LEAST_SHARE = 0.0001
+_CLUSTER_NUMBERS: dict[str, Rule] = {
+    "cpus_per_worker": _NOT_NEGATIVE,
+    "gpus_per_worker": _NOT_NEGATIVE,
+    "startup_timeout_s": ("not be negative", lambda value: value >= 0),
+    "stage_timeout_s": ("be positive, or None", lambda value: value > 0),
+    "checkpoint_every_s": ("not be negative", lambda value: value >= 0),
+}
+"""Numbers of ``ClusterConfig``; an infinite time stands for no limit."""
+_METHOD_NUMBERS: dict[str, Rule] = {
+    "temp": _POSITIVE,
+    "distillation_temp": _POSITIVE,
+    "rel_thresh": ("be a number, such as the paper's 0.85", lambda value: not math.isnan(value)),
+    "confidence_threshold": ("lie in (0, 1], or be None", lambda value: 0 < value <= 1),
+    "distillation_weight": _NOT_NEGATIVE,
+    "validation_fraction": ("lie between 0 and 1", lambda value: 0 < value < 1),
+}
+"""Numbers of ``MethodConfig``; an infinite ``rel_thresh`` stands for always or never learning without forgetting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +58,12 @@ class ClusterConfig:
     """GPUs (fractions allowed) that each worker holds. None: 1 where the cluster has GPUs, else 0."""
     threads: int = 1
     """Torch threads of every stage, the same in every engine: another number gives other bytes."""
-    storage: str | None = None
+    storage: str | os.PathLike[str] | None = None
     """Run directory: a local path or any pyarrow.fs URI (s3://…, gs://…) that all nodes see. None: a temporary folder
-    that lives as long as the model."""
-    scratch: str | None = None
-    """Folder on each node for features while they are needed. None: the node's temporary folder."""
+    that lives as long as the model. Better than in a URI are credentials in the environment; those in a URI are masked
+    wherever it is shown."""
+    scratch: str | os.PathLike[str] | None = None
+    """Folder on each node for features while they are needed; made absolute here. None: the node's temporary folder."""
     max_resident_experts: int = 4
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
@@ -55,26 +84,47 @@ class ClusterConfig:
     the storage is so slow that checkpoints would take more than a fiftieth of the time."""
 
     def __post_init__(self) -> None:
-        if self.engine not in ("ray", "inline"):
-            raise InputError(f"ClusterConfig.engine is {self.engine!r}; it must be 'ray' or 'inline'.")
-        if self.on_task_failure not in ("continue", "stop"):
+        values: dict[str, object] = {
+            "engine": given.word(self.engine, "ClusterConfig.engine", get_args(Engine)),
+            "on_task_failure": given.word(
+                self.on_task_failure, "ClusterConfig.on_task_failure", get_args(OnTaskFailure)
+            ),
+            "resume": given.flag(self.resume, "ClusterConfig.resume"),
+        }
+        read = {"storage": given.location, "scratch": given.path, "address": given.text}
+        for name in (name for name in read if getattr(self, name) is not None):
+            values[name] = read[name](getattr(self, name), f"ClusterConfig.{name}")
+        if "scratch" in values:
+            values["scratch"] = os.path.abspath(str(values["scratch"]))
+        if values["engine"] == "inline" and (self.address is not None or self.num_workers not in ("auto", 1)):
+            raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
+        for name in ("num_workers", "threads", "max_resident_experts"):
+            if not (name == "num_workers" and isinstance(self.num_workers, str) and self.num_workers == "auto"):
+                values[name] = given.whole(getattr(self, name), f"ClusterConfig.{name}", least=1)
+        for name, (rule, fits) in _CLUSTER_NUMBERS.items():
+            if getattr(self, name) is not None or name not in ("gpus_per_worker", "stage_timeout_s"):
+                values[name] = given.number(getattr(self, name), f"ClusterConfig.{name}", rule, fits)
+        _settle(self, values)
+        shares = (self.cpus_per_worker, self.gpus_per_worker or 0)
+        if any(0 < share < _LEAST_SHARE for share in shares) or (shares[1] > 1 and shares[1] % 1):
             raise InputError(
-                f"ClusterConfig.on_task_failure is {self.on_task_failure!r}; it must be 'continue' or 'stop'."
+                f"ClusterConfig has cpus_per_worker={shares[0]} and gpus_per_worker={shares[1]}; Ray gives no shares "
+                f"below {_LEAST_SHARE}, and more than one GPU as whole ones only."
             )
         if self.resume and self.storage is None:
             raise InputError("ClusterConfig(resume=True) needs storage=…, the run directory to go on with.")
-        if self.engine == "inline" and (self.address is not None or self.num_workers not in ("auto", 1)):
-            raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
-        for name in ("num_workers", "threads", "max_resident_experts"):
-            value = getattr(self, name)
-            if not (value == "auto" and name == "num_workers") and not (isinstance(value, int) and value >= 1):
-                raise InputError(f"ClusterConfig.{name} is {value!r}; it must be at least 1.")
-        if self.stage_timeout_s is not None and self.stage_timeout_s <= 0:
-            raise InputError(f"ClusterConfig.stage_timeout_s is {self.stage_timeout_s}; it must be positive, or None.")
-        for name in ("cpus_per_worker", "gpus_per_worker", "checkpoint_every_s"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise InputError(f"ClusterConfig.{name} is {value}; it must not be negative.")
+
+    def __repr__(self) -> str:
+        """As any dataclass's, but without what a URI keeps secret."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
+        return f"ClusterConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _settle(config: object, values: dict[str, object]) -> None:
+    """Put checked values into a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,15 +145,14 @@ class AutoencoderConfig:
     """``"sgd"`` (momentum 0.9), ``"adagrad"`` (the authors' sample code) or ``"adam"``."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("sgd", "linear"):
-            raise InputError(f"autoencoder is {self.kind!r}; it must be 'sgd' or 'linear'.")
-        if self.optimizer not in ("sgd", "adagrad", "adam"):
-            raise InputError(f"ae_optimizer is {self.optimizer!r}; it must be 'sgd', 'adagrad' or 'adam'.")
+        values: dict[str, object] = {
+            "kind": given.word(self.kind, "autoencoder", get_args(AutoencoderKind)),
+            "optimizer": given.word(self.optimizer, "ae_optimizer", get_args(AutoencoderOptimizer)),
+            "lr": given.number(self.lr, "ae_lr", *_POSITIVE),
+        }
         for name in ("latent_dim", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"The autoencoder's {name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.lr > 0:
-            raise InputError(f"ae_lr is {self.lr}; it must be positive.")
+            values[name] = given.whole(getattr(self, name), f"The autoencoder's {name}", least=1)
+        _settle(self, values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,17 +181,12 @@ class MethodConfig:
     """Seed of everything that is drawn."""
 
     def __post_init__(self) -> None:
-        if not self.temp > 0 or not self.distillation_temp > 0:
-            raise InputError(
-                f"Temperatures must be positive; temp is {self.temp}, distillation_temp {self.distillation_temp}."
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1.")
-        if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
-            raise InputError(f"confidence_threshold is {self.confidence_threshold}; it must lie in (0, 1], or be None.")
-        if not self.distillation_weight >= 0:
-            raise InputError(f"distillation_weight is {self.distillation_weight}; it must not be negative.")
-        if math.isnan(self.rel_thresh):
-            raise InputError("rel_thresh is nan; it must be a number, such as the paper's 0.85.")
-        if self.feature_batch_size < 1:
-            raise InputError(f"feature_batch_size is {self.feature_batch_size}; it must be at least 1.")
+        values: dict[str, object] = {
+            "freeze_norm": given.flag(self.freeze_norm, "freeze_norm"),
+            "feature_batch_size": given.whole(self.feature_batch_size, "feature_batch_size", least=1),
+            "seed": given.seed(self.seed),
+        }
+        for name, (rule, fits) in _METHOD_NUMBERS.items():
+            if name != "confidence_threshold" or self.confidence_threshold is not None:
+                values[name] = given.number(getattr(self, name), name, rule, fits)
+        _settle(self, values)

@@ -111,7 +111,7 @@ def test_autoencoder_settings_that_cannot_work(options: dict[str, Any], parts: t
     [
         ({"temp": 0.0}, ("temp is 0.0", "positive")),
         ({"temp": math.nan}, ("temp is nan", "positive")),
-        ({"distillation_temp": -1.0}, ("distillation_temp -1.0", "positive")),
+        ({"distillation_temp": -1.0}, ("distillation_temp is -1.0", "positive")),
         ({"validation_fraction": 0.0}, ("validation_fraction is 0.0", "between 0 and 1")),
         ({"validation_fraction": 1.0}, ("validation_fraction is 1.0", "between 0 and 1")),
         ({"validation_fraction": math.nan}, ("validation_fraction is nan",)),

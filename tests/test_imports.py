@@ -18,8 +18,8 @@ import distributed_eg
 PACKAGE = Path(distributed_eg.__file__).parent
 ROOMS = ["cli", "report", "benchmarks", "strategy", "runtime", "store", "schedule", "method"]
 """From the top down; a module may import from its own room and from those after it."""
-SHARED = ["config", "errors", "types"]
-"""What every room may import; of these, config stands above the other two."""
+SHARED = ["config", "given", "masking", "errors", "types"]
+"""What every room may import; each may import from those after it."""
 
 
 def modules(room: str | None = None) -> list[str]:

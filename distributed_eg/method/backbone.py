@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
+import os
 import pickle
 import urllib.error
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distributed_eg import given
 from distributed_eg.errors import BackboneError
 from distributed_eg.method.head import input_dtype, told, trial
 
@@ -21,21 +25,40 @@ _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 """GoogLeNet's and Inception's auxiliary heads, which are never used here."""
 
 
+Weights: TypeAlias = str | os.PathLike[str] | enum.Enum | None
+"""A name or a member of a torchvision weights enum, or the path of a state dict; None: the default ones."""
+
+
+def weights_text(weights: Weights) -> str | None:
+    """``weights`` as a name, such as "ResNet18_Weights.IMAGENET1K_V1", or a path.
+
+    Raises:
+        InputError: it is of another kind, or empty.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, enum.Enum):
+        return f"{type(weights).__name__}.{weights.name}"
+    what = "a torchvision weights name or enum member, or the path of a state dict"
+    return given.path(weights, "weights", what)
+
+
 def build_network(
-    arch: str, *, pretrained: bool, weights: str | None, seed: int, image_size: int | None = None
+    arch: str, *, pretrained: bool, weights: Weights, seed: int, image_size: int | None = None
 ) -> nn.Module:
     """A classification network by name, in eval mode.
 
     Args:
         arch: a torchvision classification model, or ``"efficientnet_lite0"`` (extra ``demo``).
         pretrained: load the architecture's default pretrained weights; ``False`` draws random weights from ``seed``.
-        weights: instead of that, the name of a torchvision weights enum member, or the path of a state dict.
+        weights: instead of that, a member of a torchvision weights enum or its name, or the path of a state dict.
         seed: of the random weights.
         image_size: side of the images in pixels, for networks whose padding is fixed when they are built.
 
     Raises:
         BackboneError: the name is unknown, or the weights cannot be had or do not fit.
     """
+    weights = weights_text(weights)
     path = weights if weights is not None and _is_path(weights) else None
     if arch == EFFICIENTNET_LITE0 and weights is not None and path is None:
         raise BackboneError(f"weights={weights!r} is no file, and {arch} has no weights by name; leave weights out.")
@@ -182,11 +205,13 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) ->
             f"The backbone {arch!r} is unknown: it is neither {EFFICIENTNET_LITE0!r} nor a torchvision classification "
             f"model (such as {', '.join(close[:5])})."
         )
-    members = torchvision.models.get_model_weights(arch).__members__
+    known_weights = torchvision.models.get_model_weights(arch)
+    members = known_weights.__members__
     member = members["DEFAULT"] if pretrained else None
     if weights is not None:
-        member = members.get(weights.split(".")[-1])
-        if member is None:
+        *owner, name = weights.split(".")
+        member = members.get(name)
+        if member is None or owner[-1:] not in ([], [known_weights.__name__]):
             known = ", ".join(members)
             raise BackboneError(f"weights={weights!r} is neither a file nor a weights name of {arch} ({known}).")
     try:

@@ -79,6 +79,6 @@ class Coordinator:
     def _refuse_if_superseded(self) -> None:
         if superseded(self._storage, self._generation):
             raise RunInUseError(
-                f"Another driver has taken over the run in {self._storage.uri!r}: this one gave no sign of life for "
+                f"Another driver has taken over the run in {self._storage.shown!r}: this one gave no sign of life for "
                 "too long. Nothing more is written; what it had recorded is kept."
             )

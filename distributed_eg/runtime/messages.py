@@ -31,7 +31,8 @@ class WorkerSetup:
     ``generation``, the driver's number in the run's lease, name this driver's scratch folder on each node.
     """
 
-    storage_uri: str
+    storage_uri: str = field(repr=False)
+    """May hold secrets; ``cluster`` shows it without them."""
     run_id: str
     generation: int
     root: Shipped

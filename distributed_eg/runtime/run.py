@@ -7,7 +7,6 @@ import copy
 import gc
 import importlib.metadata
 import logging
-import os
 import platform
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from distributed_eg.runtime.engine import Engine
 from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
 from distributed_eg.runtime.pool import run_all
-from distributed_eg.runtime.resuming import differences, is_whole, refuse
+from distributed_eg.runtime.resuming import is_whole, known_run, same_run
 from distributed_eg.runtime.shipping import Shipped, Shipper
 from distributed_eg.runtime.signals import uninterrupted
 from distributed_eg.schedule.events import WorkerJoined
@@ -123,40 +122,27 @@ class Run:
             ResumeError: the storage holds a run that was begun with something else.
             ResourceError: the cluster cannot hold such workers.
         """
-        if cluster.engine == "ray":
-            from distributed_eg.runtime.ray_backend.cluster import refuse_client
-
-            refuse_client(cluster)
-        uri = _absolute(cluster.storage) if cluster.storage else tempfile.mkdtemp(prefix="distributed-eg-run-")
+        _refuse_client(cluster)
+        storage = Storage(cluster.storage or tempfile.mkdtemp(prefix="distributed-eg-run-"))
+        uri = storage.uri
         path, weights = pack_tensors("root", root.network.state_dict())
         wanted = _record(cluster, method, root, artifact_of(path, weights), settings)
         with contextlib.ExitStack() as undo:
             if cluster.storage is None:
                 undo.callback(shutil.rmtree, uri, ignore_errors=True)
-            storage = Storage(uri)
-            _known_run(storage, cluster.resume)  # a run that is refused is not touched
+            known_run(storage, cluster.resume)  # a run that is refused is not touched
             lease = _acquire(storage)
             undo.callback(lease.release)
-            known = _known_run(storage, cluster.resume)
-            run_id = wanted.run_id if known is None else _same_run(uri, known, wanted)
+            known = known_run(storage, cluster.resume)
+            run_id = wanted.run_id if known is None else same_run(storage.shown, known, wanted)
             storage.sweep()
             engine = _engine(cluster, uri, run_id, lease.generation)
             undo.callback(engine.close)
             engine.start()
             storage.write(path, weights)
             shipped, _ = engine.shipper.ship(root.network, "the backbone")
-            setup = WorkerSetup(
-                uri,
-                run_id,
-                lease.generation,
-                shipped,
-                root.head,
-                root.feature_layer,
-                root.shape,
-                method,
-                cluster,
-                device,
-            )
+            cut = (root.head, root.feature_layer, root.shape)
+            setup = WorkerSetup(uri, run_id, lease.generation, shipped, *cut, method, cluster, device)
             sealed_root = (root.network, wanted.artifacts[0])
             run = Run(storage, lease, engine, sealed_root, setup, observer, is_new=known is None)
             if known is None:
@@ -327,32 +313,12 @@ def _acquire(storage: Storage) -> Lease:
         return Lease.acquire(storage)
 
 
-def _known_run(storage: Storage, resume: bool) -> RunRecord | None:
-    if not storage.exists(layout.RUN):
-        return None
-    if not resume:
-        raise StorageError(
-            f"The storage {storage.uri!r} already holds a run; ClusterConfig(resume=True) goes on with it, and another "
-            "storage begins a new one."
-        )
-    return records.read(storage, RunRecord)
+def _refuse_client(cluster: ClusterConfig) -> None:
+    """Before anything is touched."""
+    if cluster.engine == "ray":
+        from distributed_eg.runtime.ray_backend.cluster import refuse_client
 
-
-def _same_run(uri: str, known: RunRecord, wanted: RunRecord) -> str:
-    """The run's id, once it is clear that this is the same run."""
-    then, now = asdict(known), asdict(wanted)
-    decisive, around = ("method", "threads", "backbone", "settings"), ("libraries", "machine")
-    lines = differences(*({name: values[name] for name in decisive} for values in (then, now)))
-    if lines:
-        raise refuse("other settings", uri, lines)
-    for line in differences(*({name: values[name] for name in around} for values in (then, now))):
-        logger.warning("Resuming %r on a machine of another kind, which may give other bytes: %s.", uri, line)
-    return known.run_id
-
-
-def _absolute(uri: str) -> str:
-    """A local path as every process on this machine understands it, whatever folder it was started in."""
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+        refuse_client(cluster)
 
 
 def _engine(cluster: ClusterConfig, uri: str, run_id: str, generation: int) -> Engine:

@@ -83,8 +83,8 @@ class Lease:
                 driver = "a process that took it at this moment"
             if driver is not None:
                 raise RunInUseError(
-                    f"The run {storage.uri!r} is in use by {driver}. Wait until it has ended, or end it; the lease of "
-                    f"a driver that died on another machine expires {LEASE_S:.0f} s after its last renewal."
+                    f"The run {storage.shown!r} is in use by {driver}. Wait until it has ended, or end it; the lease "
+                    f"of a driver that died on another machine expires {LEASE_S:.0f} s after its last renewal."
                 )
             lease = cls(storage, record, now)
             lease._thread.start()
@@ -102,7 +102,7 @@ class Lease:
         self._thread.join(_PATIENCE_S)
         try:
             if self._thread.is_alive():
-                raise StorageError(f"The last renewal of the lease of {self._storage.uri!r} hangs.")
+                raise StorageError(f"The last renewal of the lease of {self._storage.shown!r} hangs.")
             self._write(is_open=False)
         except StorageError as error:
             logger.warning("The lease could not be given back; it expires in %.0f s. %s", LEASE_S, error)
@@ -117,7 +117,7 @@ class Lease:
     def _write(self, *, is_open: bool) -> None:
         path = layout.session_file(self.generation)
         if not self._storage.exists(path):  # a run that was removed must not come to be again
-            raise StorageError(f"The run {self._storage.uri!r} has no {path!r} any more; was it removed?")
+            raise StorageError(f"The run {self._storage.shown!r} has no {path!r} any more; was it removed?")
         self._storage.write_record(path, asdict(replace(self._record, renewed_at=self._now(), open=is_open)))
 
 

@@ -196,7 +196,7 @@ def _read(storage: Storage, kind: type[R], task: TaskId | None) -> tuple[R, Arti
             raise ValueError(f"it belongs to task {raw['task']}")
         _ = record.artifacts  # a run's are decoded, too
     except ValueError as error:
-        message = f"The record {path!r} in {storage.uri!r} is damaged: {error}. {repair_of(path)}"
+        message = f"The record {path!r} in {storage.shown!r} is damaged: {error}. {repair_of(path)}"
         raise DamagedFileError(message) from error
     return record, artifact_of(path, data)
 

@@ -72,8 +72,9 @@ class Registry:
             if not fits or found.artifacts.get(manifest.relatedness.path) != manifest.relatedness:
                 del registry.manifests[manifest.task]
                 found.errors[manifest.path] = DamagedFileError(
-                    f"The record {manifest.path!r} in {storage.uri!r} does not fit the autoencoder or the relatedness "
-                    f"record of its task, which is missing or another one than when the task was sealed. {REPAIR}"
+                    f"The record {manifest.path!r} in {storage.shown!r} does not fit the autoencoder or the "
+                    "relatedness record of its task, which is missing or another one than when the task was sealed. "
+                    f"{REPAIR}"
                 )
         for error in found.errors.values():
             if not without_damaged or not isinstance(error, DamagedFileError):

@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
+from distributed_eg import given
 from distributed_eg.errors import DamagedFileError, StorageError
+from distributed_eg.masking import masked, masked_in
 from distributed_eg.store import local_files
 from distributed_eg.store.layout import RUN, SCHEMA_VERSION
 from distributed_eg.store.local_files import TEMPORARY
@@ -41,19 +43,28 @@ class Storage:
     ``uri`` is a local path, or a URI such as ``s3://bucket/run-7``. Paths are relative to the run directory.
 
     Raises:
+        InputError: it is empty, or neither a path nor a URI.
         StorageError: the URI names no file system that can be opened; from each method, too: the run directory cannot
             be written or read, does not keep what is written, or the path leads out of it.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        where = given.location(uri, "The run directory")
+        self.uri = where if "://" in where else os.path.abspath(where)
+        """What any process opens it by: a URI as it was given, secrets included, or an absolute path."""
+        self.shown = masked(self.uri)
+        """The same for messages, without secrets."""
         try:
-            base, path = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), os.path.abspath(uri))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ImportError) as error:
-            raise StorageError(f"The storage {uri!r} names no file system that can be opened: {error}") from error
+            base, path = fs.FileSystem.from_uri(where) if "://" in where else (fs.LocalFileSystem(), self.uri)
+        except (ValueError, pa.ArrowNotImplementedError, OSError, ImportError) as error:
+            told, cause = self._told(error)
+            raise StorageError(f"The storage {self.shown!r} names no file system that can be opened: {told}") from cause
         self.local_folder: Path | None = Path(path) if isinstance(base, fs.LocalFileSystem) else None
         """The run directory as a folder of this machine; None on an object store."""
         self._fs = fs.SubTreeFileSystem(path, base)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.shown!r})"
 
     def write(self, path: str, data: bytes) -> Artifact:
         """Seal ``data`` under ``path``.
@@ -106,7 +117,8 @@ class Storage:
             with self._fs.open_input_stream(path) as stream:
                 return bytes(stream.read())
         except OSError as error:
-            raise StorageError(f"The run directory {self.uri!r} has no readable file {path!r}: {error}") from error
+            told, cause = self._told(error)
+            raise StorageError(f"The run directory {self.shown!r} has no readable file {path!r}: {told}") from cause
 
     def read_artifact(self, artifact: Artifact) -> bytes:
         """The bytes of a sealed file, verified.
@@ -121,13 +133,13 @@ class Storage:
             self._check(artifact.path, follow=True)
             if self.exists(artifact.path):
                 raise
-            message = f"The file {artifact.path!r} in {self.uri!r} is missing; {says}. {REPAIR}"
+            message = f"The file {artifact.path!r} in {self.shown!r} is missing; {says}. {REPAIR}"
             raise DamagedFileError(message) from error
         found = artifact_of(artifact.path, data)
         if found != artifact:
             raise DamagedFileError(
-                f"The file {found.path!r} in {self.uri!r} is damaged: {len(data)} bytes hash to {found.sha256[:12]}…, "
-                f"{says}. {REPAIR}"
+                f"The file {found.path!r} in {self.shown!r} is damaged: {len(data)} bytes hash to {found.sha256[:12]}…"
+                f", {says}. {REPAIR}"
             )
         return data
 
@@ -146,7 +158,7 @@ class Storage:
 
     def parse_record(self, path: str, data: bytes) -> dict[str, Any]:
         """What ``read_record`` gives, of a file whose bytes were read already."""
-        what = f"The record {path!r} in {self.uri!r}"
+        what = f"The record {path!r} in {self.shown!r}"
         try:
             record = json.loads(data)
         except ValueError as error:
@@ -176,7 +188,7 @@ class Storage:
         with self._asking(path):
             info = self._fs.get_file_info(path)
         if info.size is None:
-            raise StorageError(f"The run directory {self.uri!r} has no file {path!r}.")
+            raise StorageError(f"The run directory {self.shown!r} has no file {path!r}.")
         return int(info.size)
 
     def walk(self) -> list[str]:
@@ -228,7 +240,7 @@ class Storage:
         The last part of a path may be a link where it is only looked at, replaced or removed; ``follow`` says that
         what it points to will be read.
         """
-        says = f"{path!r:.200} names no file inside the run directory {self.uri!r}"
+        says = f"{path!r:.200} names no file inside the run directory {self.shown!r}"
         if not _is_plain(path):
             raise StorageError(f"{says}; the record that names it may have been tampered with. Nothing was touched.")
         if self.local_folder is None:
@@ -248,17 +260,25 @@ class Storage:
         except StorageError:
             raise
         except OSError as error:
+            told, cause = self._told(error)
             raise StorageError(
-                f"The storage {self.uri!r} cannot be written at {path!r}: {error} Check that it exists, that it is "
+                f"The storage {self.shown!r} cannot be written at {path!r}: {told} Check that it exists, that it is "
                 "writable and that it has room."
-            ) from error
+            ) from cause
 
     @contextlib.contextmanager
     def _asking(self, path: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"The storage {self.uri!r} does not answer for {path!r}: {error}") from error
+            told, cause = self._told(error)
+            raise StorageError(f"The storage {self.shown!r} does not answer for {path!r}: {told}") from cause
+
+    def _told(self, error: Exception) -> tuple[str, Exception | None]:
+        """What an error of another library says, without secrets, and the error itself where it holds none: whatever
+        prints a traceback prints the causes, too."""
+        told = masked_in(str(error), self.uri)
+        return told, error if told == str(error) else None
 
 
 def repair_of(path: str) -> str:

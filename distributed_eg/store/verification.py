@@ -112,7 +112,7 @@ def collect(storage: Storage, *, dry_run: bool = False) -> dict[str, int]:
     if dry_run:
         holder = holder_of(storage)
         if holder is not None:
-            raise RunInUseError(f"The run {storage.uri!r} is in use by {holder}. Try again when it has ended.")
+            raise RunInUseError(f"The run {storage.shown!r} is in use by {holder}. Try again when it has ended.")
         return {path: storage.size(path) for path in unnamed(storage)}
     lease = Lease.acquire(storage)
     try:
@@ -141,11 +141,11 @@ def _missing(storage: Storage, found: records.StoredRecords) -> Iterator[Damage]
         if isinstance(record, records.TaskManifest):
             own = found.records.get(records.AutoencoderRecord.path_of(record.task))
             if isinstance(own, records.AutoencoderRecord) and own.artifact != record.autoencoder:
-                says = f"The manifest {record.path!r} in {storage.uri!r} names another autoencoder than {own.path!r}."
+                says = f"The manifest {record.path!r} in {storage.shown!r} names another autoencoder than {own.path!r}."
                 yield Damage(record.path, f"{says} {REPAIR}")
     for path, by in needed.items():
         if path not in found.records and path not in found.errors:
-            says = f"The record {path!r} in {storage.uri!r} is missing; {by} needs it."
+            says = f"The record {path!r} in {storage.shown!r} is missing; {by} needs it."
             yield Damage(path, f"{says} {repair_of(path)}")
 
 

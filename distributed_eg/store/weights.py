@@ -47,4 +47,4 @@ def load_tensors(storage: Storage, artifact: Artifact) -> dict[str, Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise StorageError(f"The file {artifact.path!r} in {storage.uri!r} holds no tensors: {error}") from error
+        raise StorageError(f"The file {artifact.path!r} in {storage.shown!r} holds no tensors: {error}") from error

@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Mapping
 
+import numpy as np
 import torch
+from avalanche.benchmarks.scenarios.generic_scenario import CLStream
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
+from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.model import ExpertGate
 
 _SGD_ONLY = {"batch_size": "ae_train_mb_size", "epochs": "ae_train_epochs", "lr": "ae_lr", "optimizer": "ae_optimizer"}
 """What only the autoencoder "sgd" reads, and its name in the strategy's signature."""
+
+
+def refuse_other_types(*, optimizer: object, criterion: object, observer: object) -> None:
+    """Refuse what could only fail later, in the middle of Avalanche's or our own work.
+
+    Raises:
+        InputError: a value is of another type than it must be.
+    """
+    for name, value, fits, what in (
+        ("optimizer", optimizer, isinstance(optimizer, Optimizer), "a torch optimizer that is made already"),
+        ("criterion", criterion, callable(criterion), "a module or a function"),
+        ("observer", observer, observer is None or callable(observer), "a function"),
+    ):
+        if not fits:
+            raise InputError(f"{name} is {given.shown(value)}; it must be {what}.")
+
+
+def given_reference(reference: Dataset[object] | str | os.PathLike[str] | None) -> Dataset[object] | str | None:
+    """A reference file's path as text, a dataset as it is.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(reference, str | os.PathLike):
+        return given.path(reference, "reference")
+    is_data = hasattr(reference, "__getitem__") and not isinstance(reference, Tensor | np.ndarray | Mapping | CLStream)
+    if reference is not None and not is_data:
+        advice = "; give its dataset" if hasattr(reference, "dataset") else ""
+        raise InputError(
+            f"reference is a {type(reference).__name__}; it must be a dataset or the path of a file of save_reference"
+            f"{advice}."
+        )
+    return reference
 
 
 def warn_of_ignored(config: AutoencoderConfig) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from functools import partial
-from pathlib import Path
 
 import cloudpickle
 import pyarrow as pa
@@ -50,7 +49,7 @@ class Driver:
     cluster: ClusterConfig
     device: str | None
     """Where workers compute; None: the GPU that each was given, else the CPU."""
-    reference: Dataset[object] | str | Path | None
+    reference: Dataset[object] | str | None
     """A dataset or a file of ``save_reference``; None: the first task's features give the statistics."""
     observer: Observer | None
 
@@ -133,7 +132,7 @@ class Driver:
         """What the reference is recognised by; a dataset is read from a copy, for it may count what is read."""
         return reference_identity(pickle.loads(cloudpickle.dumps(self.reference)))
 
-    def save_reference(self, path: str | Path) -> None:
+    def save_reference(self, path: str) -> None:
         """Write the run's statistics, and the root's autoencoder where it has one, for another run.
 
         Raises:
@@ -162,7 +161,7 @@ class Driver:
     def _adopt_reference(self, run: Run) -> None:
         """Give the run its statistics, and the root its autoencoder."""
         reference = self.reference
-        if isinstance(reference, str | Path):
+        if isinstance(reference, str):
             run.adopt_reference(Reference.load(reference, self.method.autoencoder.kind).store(run.storage))
         elif reference is not None:
             dataset = reference.eval() if hasattr(reference, "eval") else reference

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from avalanche.models import DynamicModule, IncrementalClassifier
 from torch import Tensor, nn
 
+from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, MethodConfig
 from distributed_eg.errors import BackboneError, InputError, StorageError
-from distributed_eg.method.backbone import Backbone, build_network, features_at, last_feature_layer
+from distributed_eg.method.backbone import (
+    Backbone,
+    Weights,
+    build_network,
+    features_at,
+    last_feature_layer,
+    weights_text,
+)
 from distributed_eg.method.expert import logits_of
 from distributed_eg.method.gate import Routing
 from distributed_eg.method.head import find_head, require_copies, set_head
@@ -48,6 +57,35 @@ def _with_plain_head(network: nn.Module) -> nn.Module:
     return network
 
 
+def torch_device(device: object) -> torch.device | None:
+    """A device by its name or number; None stays None.
+
+    Raises:
+        InputError: torch knows no such device.
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device if isinstance(device, str) else given.whole(device, "device", least=0))
+    except (RuntimeError, InputError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InputError(f"device is {given.shown(device)}, which torch does not know: {first_line}") from error
+
+
+def image_shape(shape: object) -> tuple[int, int, int]:
+    """(channels, height, width) as three integers.
+
+    Raises:
+        BackboneError: it is something else.
+    """
+    try:
+        channels, height, width = (given.whole(side, "a side", least=1) for side in shape)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        says = "it must be (channels, height, width) of one image, whole numbers from 1."
+        raise BackboneError(f"shape is {given.shown(shape)}; {says}") from error
+    return channels, height, width
+
+
 class ExpertGate(nn.Module):
     """A backbone, an autoencoder and an expert for each task, and the gate between them.
 
@@ -67,44 +105,54 @@ class ExpertGate(nn.Module):
             the default stands for the last one before pooling.
         head: name of the layer that each expert gets a fresh one of, for its task's classes. None: the last layer that
             the answers come from.
-        weights: instead of the default weights, a torchvision weights name or the path of a state dict.
+        weights: instead of the default weights, a torchvision weights enum member or its name, or the path of a state
+            dict.
         autoencoder: "sgd", the paper's, or "linear", closed form: no learning rate, no epochs, no seed.
         seed: of random weights.
 
     Raises:
+        InputError: a value is of another kind than it must be; the message names it.
         BackboneError: the network is unknown, its weights cannot be had or do not fit, or it cannot take such images.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
-        device: torch.device | str | None = None,
+        shape: Sequence[int],
+        device: torch.device | str | int | None = None,
         arch: str | nn.Module = "alexnet",
         pretrained_flag: bool = True,
         output_layer_name: str = _DEFAULT_LAYER,
         *,
         head: str | None = None,
-        weights: str | None = None,
+        weights: Weights = None,
         autoencoder: AutoencoderKind = "sgd",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        AutoencoderConfig(kind=autoencoder)
-        if len(shape) != 3:
-            raise BackboneError(f"shape is {tuple(shape)}; it must be (channels, height, width) of one image.")
-        self.shape: tuple[int, int, int] = (int(shape[0]), int(shape[1]), int(shape[2]))
-        self.arch = arch if isinstance(arch, str) else type(arch).__name__
+        self.shape = image_shape(shape)
+        if not isinstance(arch, str | nn.Module):
+            raise BackboneError(f"arch is of type {type(arch).__name__}; it must be a name, or a module that is built.")
+        self.arch = given.text(arch, "arch") if isinstance(arch, str) else type(arch).__name__
         self.custom = not isinstance(arch, str)
-        self.pretrained_flag = pretrained_flag
-        self.weights = weights
-        self.autoencoder: AutoencoderKind = autoencoder
-        self.seed = seed
-        self.device = torch.device(device or "cpu")
+        self.pretrained_flag = given.flag(pretrained_flag, "pretrained_flag")
+        self.weights = weights_text(weights)
+        if self.custom and self.weights is not None:
+            raise BackboneError(f"weights={self.weights!r} is for networks by name: load them into your {self.arch}.")
+        self.autoencoder: AutoencoderKind = AutoencoderConfig(kind=autoencoder).kind
+        self.seed = given.seed(seed)
+        self.device = torch_device(device) or torch.device("cpu")
+        output_layer_name = given.text(output_layer_name, "output_layer_name")
         if isinstance(arch, str):
-            root = build_network(arch, pretrained=pretrained_flag, weights=weights, seed=seed, image_size=self.shape[1])
+            root = build_network(
+                self.arch,
+                pretrained=self.pretrained_flag,
+                weights=self.weights,
+                seed=self.seed,
+                image_size=self.shape[1],
+            )
         else:
             root = _with_plain_head(arch).eval()
-        self.head = find_head(root, self.shape, head)
+        self.head = find_head(root, self.shape, None if head is None else given.text(head, "head"))
         self.named_head = head is not None
         if self.custom:
             require_copies(root, self.shape)
@@ -124,8 +172,8 @@ class ExpertGate(nn.Module):
 
     @staticmethod
     def load(
-        run_uri: str,
-        device: torch.device | str | None = None,
+        run_uri: str | os.PathLike[str],
+        device: torch.device | str | int | None = None,
         *,
         arch: str | nn.Module | None = None,
         max_resident_experts: int = 4,
@@ -139,15 +187,19 @@ class ExpertGate(nn.Module):
             max_resident_experts: experts in memory at a time.
 
         Raises:
+            InputError: a value is of another kind than it must be.
             StorageError: there is no such run, or a file of it is damaged.
             BackboneError: the run's network was a module of your own and ``arch`` is missing, or does not fit.
         """
-        storage = Storage(run_uri)
+        max_resident_experts = given.whole(max_resident_experts, "max_resident_experts", least=1)
+        storage = Storage(given.location(run_uri, "run_uri"))
         identity = storage.read_record(layout.RUN)
         backbone, settings = identity["backbone"], dict(identity["method"])
         method = MethodConfig(**{**settings, "autoencoder": AutoencoderConfig(**settings["autoencoder"])})
         if arch is None and backbone["custom"]:
-            raise BackboneError(f"The run {run_uri!r} was trained with a network of its own: give arch= that network.")
+            raise BackboneError(
+                f"The run {storage.shown!r} was trained with a network of its own: give arch= that network."
+            )
         model = ExpertGate(
             tuple(backbone["shape"]),
             device,
@@ -161,11 +213,11 @@ class ExpertGate(nn.Module):
             model.expert.load_state_dict(load_tensors(storage, Artifact(**backbone["root"])))
         except RuntimeError as error:
             raise BackboneError(
-                f"The network given for {run_uri!r} is another one than the run was trained with."
+                f"The network given for {storage.shown!r} is another one than the run was trained with."
             ) from error
         registry = Registry.read(storage)
         if not registry.manifests:
-            raise StorageError(f"The run {run_uri!r} holds no finished task yet.")
+            raise StorageError(f"The run {storage.shown!r} holds no finished task yet.")
         reader = ExpertReader(
             partial(load_tensors, storage), model.expert, model.head, max_resident_experts, model.device
         )

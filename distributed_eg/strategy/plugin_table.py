@@ -138,7 +138,7 @@ def as_list(plugins: object) -> list[Plugin]:
     Raises:
         InputError: it is no list.
     """
-    if not isinstance(plugins, Iterable | None):
+    if isinstance(plugins, str) or not isinstance(plugins, Iterable | None):
         raise InputError(f"plugins is one {type(plugins).__name__}; give a list.")
     return list(plugins or ())
 

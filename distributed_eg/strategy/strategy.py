@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import torch
@@ -17,6 +17,7 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import Observer
@@ -27,7 +28,7 @@ from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
-from distributed_eg.strategy.model import ExpertGate
+from distributed_eg.strategy.model import ExpertGate, torch_device
 from distributed_eg.strategy.plugin_table import (
     as_list,
     refuse_unfit,
@@ -64,7 +65,7 @@ class ExpertGateStrategy(ExpertLoop):
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         plugins: list[Plugin] | None = None,
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
@@ -83,7 +84,7 @@ class ExpertGateStrategy(ExpertLoop):
         validation_fraction: float = 0.1,
         freeze_norm: bool = True,
         on_repeat: OnRepeat = "continue",
-        reference: Dataset[object] | str | Path | None = None,
+        reference: Dataset[object] | str | os.PathLike[str] | None = None,
         observer: Observer | None = None,
         **base_kwargs: object,
     ) -> None:
@@ -137,6 +138,14 @@ class ExpertGateStrategy(ExpertLoop):
             batch_size=ae_train_mb_size,
             optimizer=ae_optimizer,
         )
+        checks.refuse_other_types(optimizer=optimizer, criterion=criterion, observer=observer)
+        if cluster is not None and not isinstance(cluster, ClusterConfig):
+            raise InputError(f"cluster is {given.shown(cluster)}; it must be a ClusterConfig.")
+        train_mb_size = given.whole(train_mb_size, "train_mb_size", least=1)
+        train_epochs = given.whole(train_epochs, "train_epochs", least=0)
+        eval_mb_size = None if eval_mb_size is None else given.whole(eval_mb_size, "eval_mb_size", least=1)
+        eval_every = given.whole(eval_every, "eval_every", least=-1)
+        device, reference = torch_device(device), checks.given_reference(reference)
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
         self.method = MethodConfig(
@@ -151,14 +160,12 @@ class ExpertGateStrategy(ExpertLoop):
             feature_batch_size=max(32, train_mb_size if eval_mb_size is None else eval_mb_size),
             seed=seed,
         )
-        self.ae_train_mb_size = ae_train_mb_size
-        self.ae_train_epochs = ae_train_epochs
-        self.ae_latent_dim = ae_latent_dim
-        self.ae_lr = ae_lr
-        self.rel_thresh = rel_thresh
-        if on_repeat not in ("continue", "error", "new_expert"):
-            raise InputError(f"on_repeat is {on_repeat!r}; it must be 'continue', 'error' or 'new_expert'.")
-        self.on_repeat: OnRepeat = on_repeat
+        self.ae_train_mb_size = autoencoder.batch_size
+        self.ae_train_epochs = autoencoder.epochs
+        self.ae_latent_dim = autoencoder.latent_dim
+        self.ae_lr = autoencoder.lr
+        self.rel_thresh = self.method.rel_thresh
+        self.on_repeat: OnRepeat = given.word(on_repeat, "on_repeat", get_args(OnRepeat))
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -195,7 +202,8 @@ class ExpertGateStrategy(ExpertLoop):
 
     @property
     def run_dir(self) -> str | None:
-        """The run directory's path or URI; None before the first ``train``."""
+        """The run directory's path or URI, to open the run by, and so with whatever secrets the URI holds: mind where
+        you print it. None before the first ``train``."""
         return None if self._driver.run is None else self._driver.run.storage.uri
 
     def workers(self) -> list[WorkerJoined]:
@@ -312,13 +320,13 @@ class ExpertGateStrategy(ExpertLoop):
         outputs, self.routed = self._current.take(self.mb_y)
         return outputs.to(self.device)
 
-    def save_reference(self, path: str | Path) -> None:
+    def save_reference(self, path: str | os.PathLike[str]) -> None:
         """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
 
         Raises:
-            InputError: nothing is trained yet.
+            InputError: ``path`` is none, or nothing is trained yet.
         """
-        self._driver.save_reference(path)
+        self._driver.save_reference(given.path(path, "path"))
 
     def close(self) -> None:
         """End the workers, and Ray where this strategy started it. The model keeps its gate and its experts."""

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskEr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distributed_eg.errors import ExpertGateError, RunInUseError, WorkerLostError
+from distributed_eg.masking import masked
 from distributed_eg.runtime.coordinator import Coordinator
 from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
@@ -97,7 +98,7 @@ def start_coordinator(storage_uri: str, run_id: str, generation: int) -> Any:
         except ValueError as error:  # what Ray raises where the name is taken
             if time.monotonic() > until:
                 raise RunInUseError(
-                    f"The run in {storage_uri!r} has a coordinator on this Ray cluster already, "
+                    f"The run in {masked(storage_uri)!r} has a coordinator on this Ray cluster already, "
                     f"coordinator-{run_id}: another driver works on it. End that one first."
                 ) from error
             time.sleep(0.2)

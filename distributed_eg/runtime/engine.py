@@ -26,7 +26,8 @@ Report: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | Ended
 class Engine(Protocol):
     """Runs requests on workers. Made without starting anything; where ``start`` fails, ``close`` has to follow.
 
-    ``begin`` and ``end`` stand around what a strategy is called for; right after ``start`` it has begun.
+    ``begin`` and ``end`` stand around what a strategy is called for; right after ``start``, which may come again where
+    ``begin`` says so, it has begun.
     """
 
     shipper: Shipper

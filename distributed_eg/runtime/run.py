@@ -172,7 +172,6 @@ class Run:
         the room. Then it is started again here; raises what ``open`` does of it.
         """
         if not self._engine.begin():
-            self._engine.close()
             try:
                 self._engine.start()
                 # As it is sealed, whatever has become of the caller's since.

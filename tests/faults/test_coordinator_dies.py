@@ -55,7 +55,7 @@ def test_a_second_driver_on_the_same_cluster_is_refused_by_name(
     chaos: Chaos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the storage cannot tell: the coordinator's name is the run's."""
-    monkeypatch.setattr("distributed_eg.runtime.ray_backend.engine._NAME_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("distributed_eg.runtime.ray_backend.actors._NAME_TIMEOUT_S", 1.0)
     config = ClusterConfig(num_workers=1, gpus_per_worker=0, storage=str(tmp_path / "run"))
     first = RayEngine(config, str(tmp_path / "run"), "a-run", 1)
     first.start()

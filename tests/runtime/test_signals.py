@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -102,3 +103,15 @@ def test_what_arrives_while_something_closes_waits_until_it_has(number: int, kin
     with pytest.raises(kind), terminable(), uninterrupted():
         close()
     assert closed == [True]
+
+
+def test_what_arrives_while_ray_starts_ends_with_the_same_code() -> None:
+    """Its own handler, which it sets first, would make 15 of it."""
+
+    def as_ray_init_does() -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        terminate()
+
+    with pytest.raises(SystemExit) as stop, terminable(), keeping_sigterm():
+        as_ray_init_does()
+    assert stop.value.code == 143

@@ -207,6 +207,22 @@ def nodes(*, free: bool = False) -> list[Node]:
     ]
 
 
+def refuse_infeasible(there: list[Node], cpus: float, gpus: float) -> None:
+    """Refuse workers of a shape that no node can ever hold.
+
+    Raises:
+        ResourceError: what was asked for, and what the nodes offer.
+    """
+    if any(node.room_for(cpus, gpus) for node in there if not node.leaving):
+        return
+    offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
+    raise ResourceError(
+        f"A worker asks for {cpus:g} CPU and {gpus:g} GPU, which no node has ({offers}); lower cpus_per_worker or "
+        "gpus_per_worker, or add a node. Where another strategy of this process started Ray, close that one first: Ray "
+        "is started as large as the first one needs it."
+    )
+
+
 def _warn_if_open(what: str) -> None:
     if get_authentication_mode() != AuthenticationMode.TOKEN:
         logger.warning(

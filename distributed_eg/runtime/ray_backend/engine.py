@@ -29,7 +29,7 @@ from distributed_eg.runtime.ray_backend.actors import (
     start_coordinator,
     wait_until_gone,
 )
-from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, nodes
+from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, nodes, refuse_infeasible
 from distributed_eg.runtime.ray_backend.errors import classify
 from distributed_eg.runtime.ray_backend.session import SESSION
 from distributed_eg.runtime.shipping import Shipper
@@ -109,8 +109,9 @@ class RayEngine:
     def start(self) -> None:
         """Attach to the cluster or start Ray on this machine; start the coordinator."""
         self._at_rest = False
+        self.give_way()  # what an earlier Ray held is gone
         SESSION.enter(self, self._config, self._cpus)
-        self.shipper = Shipper(self)  # what an earlier Ray held is gone
+        self.shipper = Shipper(self)
         there = nodes()
         if len({node.address for node in there}) > 1 and self._config.storage is None:
             raise InputError(
@@ -120,14 +121,14 @@ class RayEngine:
         # The same for every worker of a run, whatever nodes join later.
         asked = self._config.gpus_per_worker
         self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
-        self._refuse_infeasible(there)
+        refuse_infeasible(there, self._cpus, self._gpus)
         self._coordinator = start_coordinator(self._storage_uri, self._run_id, self._generation)
         self.coordinator = RemoteCoordinator(self._coordinator, self._require_ray)
 
     def begin(self) -> bool:
         """Work from now on, where all is there still: Ray may have been shut down, or others may have needed room."""
         with SESSION.lock:
-            if not SESSION.holds(self):
+            if not SESSION.holds(self) or self._coordinator is None:
                 return False
             self._at_rest = False
             SESSION.works(self)
@@ -194,6 +195,12 @@ class RayEngine:
     def close(self) -> None:
         """End the actors and, where nobody else in this process uses a Ray that was started here, Ray."""
         with SESSION.lock:
+            self.give_way()
+            SESSION.leave(self)
+
+    def give_way(self) -> None:
+        """End the actors: another strategy of this process needs their room."""
+        with SESSION.lock:
             if SESSION.holds(self):  # else Ray's own end came first, and took the actors with it
                 self._stop([*self._pool.values(), *self._starting.values()])
                 if self._coordinator is not None:
@@ -201,7 +208,6 @@ class RayEngine:
             self._pool.clear()
             self._starting.clear()
             self._coordinator = None
-            SESSION.leave(self)
 
     def _require_ray(self) -> None:
         """Ray's own calls would start another one."""
@@ -314,16 +320,6 @@ class RayEngine:
                 reports.append(self._lose(worker, "Its node is being drained.", Cause.NODE_LOST))
         self._grow(there)
         return reports
-
-    def _refuse_infeasible(self, there: list[Node]) -> None:
-        if any(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving):
-            return
-        offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
-        raise ResourceError(
-            f"A worker asks for {self._cpus:g} CPU and {self._gpus:g} GPU, which no node has ({offers}); lower "
-            "cpus_per_worker or gpus_per_worker, or add a node. Where another strategy of this process started Ray, "
-            "close that one first: Ray is started as large as the first one needs it."
-        )
 
     def _refuse_long_waits(self) -> None:
         """Say why there is no worker yet; give up where none comes in time."""

@@ -23,8 +23,8 @@ class User(Protocol):
     def num_workers(self) -> int:
         """How many workers it holds."""
 
-    def close(self) -> None:
-        """End all that it holds."""
+    def give_way(self) -> None:
+        """End all that it holds, and stay a user."""
 
 
 class Session:
@@ -65,13 +65,13 @@ class Session:
         self._users[user] = self._users.pop(user)
 
     def make_room(self, user: User, num_workers: int) -> None:
-        """Close others that are at rest, who worked longest ago first, until they held that many workers."""
+        """Have others that are at rest give way, who worked longest ago first, until they held that many workers."""
         with self.lock:
             for other in list(self._users):
                 if num_workers > 0 and other is not user and other.is_at_rest() and self.holds(other):
                     logger.info("Another strategy of this process is at rest: its workers make room, and come back.")
                     num_workers -= other.num_workers()
-                    other.close()
+                    other.give_way()
 
     def others_work(self, user: User) -> bool:
         """Whether another user of this process works now, and holds what it works with."""

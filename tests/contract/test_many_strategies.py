@@ -21,7 +21,6 @@ def test_they_work_whoever_ends_ray_and_leave_nothing(tmp_path: Path) -> None:
     process = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr[-6000:]
     seen = json.loads(process.stdout.splitlines()[-1])
-    sweep, shut_down = seen["sweep"], seen["shut_down"]
     alone = []
     benchmark = tiny_benchmark((0, 1))
     for lr in (0.05, 0.1):
@@ -29,17 +28,18 @@ def test_they_work_whoever_ends_ray_and_leave_nothing(tmp_path: Path) -> None:
             strategy.optimizer.param_groups[0]["lr"] = lr
             strategy.train(benchmark.train_stream)
             alone.append([list(pair) for pair in hashes(strategy)])
-    assert (sweep["cpus"], sweep["workers"]) == (1, 1), "more than its one CPU was used"
-    assert sweep["there"], "the first one took Ray from the second"
-    assert sweep["gone"], "the last one left Ray behind"
-    assert sweep["experts"] == [alone[0][:1], alone[1]]
-    assert "Ray was shut down" in shut_down["error"]
-    assert "resume=True" in shut_down["error"]
-    assert not shut_down["started_another"], "a call without Ray started one that nobody ends"
-    assert shut_down["experts"] == alone[0]
-    assert shut_down["users_kept"], "a Ray of the user's own was shut down"
-    assert sweep["measured"]
-    assert shut_down["measured"]
-    left = seen["left"]
-    assert (left["processes"], left["scratch"]) == ([], [])
-    assert not any(left["open"])
+    error = seen.pop("error")
+    assert "Ray was shut down" in error
+    assert "resume=True" in error
+    assert seen == {
+        "another was started": False,
+        "resumed": alone[0],
+        "the user's was kept": True,
+        "cpus": 1,
+        "beside it": alone[1],
+        "workers": [0, 1],
+        "as before": True,
+        "kept for the other": True,
+        "kept for nobody": False,
+        "left": {"processes": [], "scratch": [], "open": [False, False]},
+    }

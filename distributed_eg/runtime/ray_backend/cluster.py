@@ -97,7 +97,7 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
         except (ConnectionError, RuntimeError, ValueError, AuthenticationError, RpcError) as error:
             told = masked_in(str(error), address)
             raise ResourceError(
-                f"No Ray cluster answers at {masked(address)!r}: {told} Where the address is right, start the cluster, "
+                f"No Ray cluster answers at {masked(address)!r}: {told.rstrip('.')}. Where the address is right, start the cluster, "
                 "or raise startup_timeout_s until it is up; where it comes from RAY_ADDRESS, unset that to start Ray "
                 "on this machine. Where it asks for a token, set RAY_AUTH_MODE=token and give it (RAY_AUTH_TOKEN, "
                 "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)."

@@ -51,7 +51,7 @@ def item_fault(item: object, labels: Labels = "ids") -> str | None:
         return f"its image has the shape {tuple(image.shape)}; it must be (channels, height, width)"
     try:
         if labels == "ids":
-            _class_ids(label.reshape(1, -1) if isinstance(label, Tensor) else label)
+            _class_ids(label[None] if isinstance(label, Tensor) else label)
     except InputError as error:
         return str(error)
     return None

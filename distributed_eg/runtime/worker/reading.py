@@ -55,14 +55,21 @@ class Reader(Dataset[tuple[int, Any]]):
             if isinstance(error, Exception) and (fault := blame(named, self._labels)):
                 raise InputError(f"The data of {self._what} cannot be used. {fault[0].upper()}{fault[1:]}.") from error
             raise self._theirs(error, f" in the collate function, from {named[0][0]} on") from error
+        # Torch makes a batch of images of several types without a word.
+        fault = blame(named, self._labels) if len({_type_of(item) for _, item in rows}) > 1 else None
         try:
             batch = conform(batch, self._labels)
             if len(batch[0]) != len(rows):
                 raise InputError(f"it has {len(batch[0])} images of {len(rows)} samples")
         except InputError as error:
             fault = blame(named, self._labels) or f"the batch that is collated from {named[0][0]} on: {error}"
-            raise InputError(f"The data of {self._what} cannot be used. {fault[0].upper()}{fault[1:]}.") from None
-        return batch
+        if fault is not None:
+            raise InputError(f"The data of {self._what} cannot be used. {fault[0].upper()}{fault[1:]}.")
+        return list(batch)
 
     def _theirs(self, error: BaseException, place: str) -> BaseException:
         return error if ends_process(error) else users_error(error, f"Reading the data of {self._what}", place=place)
+
+
+def _type_of(item: object) -> object:
+    return getattr(item[0], "dtype", None) if isinstance(item, list | tuple) and item else None

@@ -17,6 +17,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.worker.causes import ends_process
 from distributed_eg.strategy.tasks.settings_identity import array_sha256, json_sha256, named, plain
 
 _NUM_SAMPLES = 64
@@ -101,7 +102,9 @@ def _samples_sha256(dataset: Dataset[object], length: int) -> str:
         for i in range(count):
             try:
                 samples.append(_described(dataset[i * (length - 1) // max(1, count - 1)]))
-            except (Exception, SystemExit) as error:  # told by its class; the stage that needs the sample reports it
+            except BaseException as error:  # told by its class; the stage that needs the sample reports it
+                if ends_process(error):
+                    raise
                 samples.append(named(error))
     return json_sha256(samples)
 

@@ -15,6 +15,7 @@ from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExperienceInfo, TaskData
+from distributed_eg.runtime.worker.causes import ends_process
 from distributed_eg.strategy.avalanche_types import LabelledDataset
 from distributed_eg.types import TaskId, derive_seed
 
@@ -120,7 +121,9 @@ def label_in_samples(dataset: LabelledDataset) -> int | None:
         for i in (0, len(dataset) - 1) if read(dataset, "targets_task_labels") is None else ():
             try:
                 labels.append(_whole(dataset[i][2], "task label"))  # type: ignore[index]  # or it raises
-            except (Exception, SystemExit):  # no third, or something else; the stage that reads it reports it
+            except BaseException as error:  # no third, or something else; the stage that reads it reports it
+                if ends_process(error):
+                    raise
                 return None
     return labels[0] if labels and labels[0] == labels[1] and labels[0] else None
 

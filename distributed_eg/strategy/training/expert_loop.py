@@ -7,6 +7,7 @@ from collections.abc import Sequence, Sized
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from distributed_eg.errors import HookError, InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
@@ -62,11 +63,10 @@ class ExpertLoop(Template):
         """
         first = self.clock.train_epoch_iterations
         super().training_epoch(**kwargs)
-        loader, done = self.dataloader, self.clock.train_epoch_iterations - first
-        own_order = {"sampler", "batch_sampler"}.isdisjoint(getattr(loader, "loader_kwargs", ("sampler",)))
-        if own_order and isinstance(loader, Sized) and done < len(loader) and not self._stop_training:
+        expected, done = _num_batches(self.dataloader), self.clock.train_epoch_iterations - first
+        if expected is not None and done < expected and not self._stop_training:
             raise HookError(
-                f"The data loader ended after {done} of {len(loader)} batches: the dataset, a transform or the collate "
+                f"The data loader ended after {done} of {expected} batches: the dataset, a transform or the collate "
                 "function raised StopIteration, which ends a loop without a word."
             )
 
@@ -99,3 +99,12 @@ class ExpertLoop(Template):
         if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > output.shape[1]:
             output = pad(output, (0, len(weight) - output.shape[1]), value=ABSENT_LOG_PROBABILITY)
         return losses.one_number(criterion(output, targets))
+
+
+def _num_batches(loader: object) -> int | None:
+    """How many batches a loader gives, by samplers of torch's own; None: by a user's, which may give fewer."""
+    if isinstance(loader, DataLoader):
+        own = type(loader.batch_sampler) is BatchSampler
+        return len(loader) if own and isinstance(loader.sampler, RandomSampler | SequentialSampler) else None
+    users = getattr(loader, "loader_kwargs", ("sampler",))
+    return len(loader) if isinstance(loader, Sized) and {"sampler", "batch_sampler"}.isdisjoint(users) else None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distributed_eg import given
 from distributed_eg.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ BENCHMARKS: tuple[str, ...] = ("embedded", "split-mnist", "split-fashion-mnist",
 def make_benchmark(
     name: str,
     *,
-    data: str | Path | None = None,
+    data: str | os.PathLike[str] | None = None,
     download: bool = False,
     image_size: int | None = None,
     train_per_task: int | Sequence[int] | None = None,
@@ -36,8 +37,10 @@ def make_benchmark(
     """
     if name not in BENCHMARKS:
         raise InputError(f"There is no benchmark {name!r}; the names are {', '.join(BENCHMARKS)}.")
-    if image_size is not None and image_size < 8:
+    if image_size is not None and (image_size := given.whole(image_size, "image_size")) < 8:
         raise InputError(f"image_size={image_size} is too small: give 8 pixels or more.")
+    data = None if data is None else given.path(data, "data")
+    download, seed = given.flag(download, "download"), given.whole(seed, "seed", least=0)
     if name == "embedded":
         from distributed_eg.benchmarks.embedded import embedded
 

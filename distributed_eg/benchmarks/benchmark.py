@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from avalanche.benchmarks import CLExperience, CLScenario, CLStream, benchmark_from_datasets, task_incremental_benchmark
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
@@ -12,6 +12,7 @@ from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
 from torch.utils.data import Dataset
 
+from distributed_eg import given
 from distributed_eg.errors import InputError
 
 IMAGENET_MEAN: tuple[float, float, float] = (0.485, 0.456, 0.406)  # red, green, blue; pixels in [0, 1]
@@ -61,7 +62,9 @@ def images_per_class(option: str, per_task: int | Sequence[int], num_classes: Se
 
     `option` names `per_task` in the error for a wrong one.
     """
-    sizes = [per_task] * len(num_classes) if isinstance(per_task, int) else list(per_task)
+    is_array = bool(getattr(per_task, "ndim", False))
+    many: Any = per_task if is_array or isinstance(per_task, Sequence) else [per_task] * len(num_classes)
+    sizes = [given.whole(size, option) for size in many]
     if len(sizes) != len(num_classes):
         raise InputError(f"{option} has {len(sizes)} numbers for {len(num_classes)} tasks: give one, or one a task.")
     for size, classes in zip(sizes, num_classes, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from operator import add
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -34,7 +33,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 def torchvision_split(
     name: str,
-    data: str | Path | None,
+    data: str | None,
     download: bool,
     size: int,
     train_per_task: int | Sequence[int] | None,
@@ -73,12 +72,12 @@ def torchvision_split(
     )
 
 
-def _open(source: str, name: str, data: str | Path | None, *, train: bool, download: bool) -> Leaf:
+def _open(source: str, name: str, data: str | None, *, train: bool, download: bool) -> Leaf:
     """The torchvision dataset called `source`, from the folder `data`."""
     where = "no folder was given" if data is None else f"{data} does not have it"
     if data is not None:
         try:
-            leaf: Leaf = getattr(datasets, source)(str(data), train=train, download=download)
+            leaf: Leaf = getattr(datasets, source)(data, train=train, download=download)
             return leaf
         except (RuntimeError, OSError) as error:
             if download:

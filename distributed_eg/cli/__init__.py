@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import select
 import sys
 import warnings
-from typing import NoReturn
+from typing import NoReturn, TextIO
+
+_NOBODY_READS = 141
+_TERMINATED = 143
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a known error ends it with one sentence on stderr.
 
-    Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be used, 130 interrupted, 143 terminated.
+    Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be used, 130 interrupted, 141 nobody reads the
+    output any more (as in ``| head``; what a run has sealed by then is kept), 143 terminated.
     """
+    try:
+        try:
+            _command(arguments)
+        finally:
+            for stream in _streams():
+                stream.flush()
+    except OSError as error:
+        if _nobody_reads(error):
+            _stop_printing()
+            sys.exit(_NOBODY_READS)
+        raise
+
+
+def _command(arguments: list[str] | None) -> None:
     import tyro
 
     from distributed_eg.cli.gc import gc
@@ -43,14 +63,35 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-_TERMINATED = 143
+def _nobody_reads(error: OSError) -> bool:
+    """Whether an error says that the reader of stdout or stderr went away; other pipes and sockets break, too."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    ours = select.poll()
+    for stream in _streams():
+        with contextlib.suppress(OSError, ValueError):  # no stream of the system's
+            ours.register(stream.fileno(), select.POLLERR)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in ours.poll(0))
+
+
+def _streams() -> list[TextIO]:
+    """What is printed to; a process may have been started without either."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
+def _stop_printing() -> None:
+    """Have nothing written any more, also not by what Python does at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in _streams():
+        os.dup2(nowhere, stream.fileno())
 
 
 def _leave(code: int, why: str) -> NoReturn:
     """End at once: everything is closed by now, and Python would tidy up for another second, which a job scheduler may
     not grant."""
-    print(f"distributed-eg: {why}", file=sys.stderr)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        print(f"distributed-eg: {why}", file=sys.stderr)
+        logging.shutdown()
+        for stream in _streams():
+            stream.flush()
     os._exit(code)

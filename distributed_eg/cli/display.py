@@ -10,15 +10,24 @@ from rich.live import Live
 from rich.table import Table
 
 from distributed_eg.cli.outcome import RunOutcome, TaskOutcome
+from distributed_eg.masking import masked
 from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
+
+
+class _Console(Console):
+    """Rich's, but one that leaves a reader who went away to ``main``."""
+
+    def on_broken_pipe(self) -> None:
+        """Called where the error is handled: let it pass on."""
+        raise
 
 
 class Display:
     """Draws on a terminal; elsewhere prints one line for each stage that ends."""
 
     def __init__(self, *, to_stderr: bool) -> None:
-        self._console = Console(stderr=to_stderr, soft_wrap=True)
+        self._console = _Console(stderr=to_stderr, soft_wrap=True)
         self._names: Sequence[str] = ()
         self._cells: dict[tuple[int, Stage], str] = {}
         self._live: Live | None = None
@@ -59,8 +68,9 @@ class Display:
 
     def interrupted(self, storage: str) -> None:
         """Say how to go on."""
+        where = masked(storage)
         self._console.print(
-            f"Stopped. What is sealed is kept: the same command with --storage {storage} goes on.", highlight=False
+            f"Stopped. What is sealed is kept: the same command with --storage {where} goes on.", highlight=False
         )
 
     def table(self, outcome: RunOutcome) -> None:

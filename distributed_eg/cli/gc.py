@@ -32,7 +32,7 @@ def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes]) -> None:
 
     storage = Storage(options.run)
     if not storage.exists(layout.RUN):
-        raise InputError(f"There is no run at {options.run!r}: it has no {layout.RUN!r}.")
+        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
     sizes = verification.collect(storage, dry_run=options.dry_run)
     out = sys.stderr if options.json else sys.stdout
     for path, size in sizes.items():

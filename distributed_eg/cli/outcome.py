@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from distributed_eg.masking import masked
+
 if TYPE_CHECKING:
     from distributed_eg.benchmarks.benchmark import Benchmark
     from distributed_eg.strategy.strategy import ExpertGateStrategy
@@ -46,6 +48,7 @@ class RunOutcome:
     train_s: float
     eval_s: float
     run_dir: str
+    """Path or URI, without what the URI keeps secret: this is printed and logged."""
     tasks: list[TaskOutcome]
 
 
@@ -82,6 +85,6 @@ def outcome_of(
         end_to_end_accuracy=sum(task.end_to_end_accuracy for task in tasks) / len(tasks),
         train_s=train_s,
         eval_s=eval_s,
-        run_dir=strategy.run_dir or "",
+        run_dir=masked(strategy.run_dir or ""),
         tasks=tasks,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from distributed_eg import given
 from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
 from distributed_eg.cli.outcome import RunOutcome, outcome_of
 from distributed_eg.config import ClusterConfig, Engine
@@ -87,9 +89,14 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Train a sequence of image tasks on worker actors, then route unseen images to the right expert."""
     from distributed_eg.cli.display import Display
 
-    for name, least in (("epochs", 0), ("batch_size", 1), ("lr", 0)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}.")
+    for name, least in (("epochs", 0), ("batch_size", 1)):
+        given.whole(getattr(options, name), f"--{name.replace('_', '-')}", least)
+    given.number(options.lr, "--lr", "be at least 0, and finite", lambda value: 0 <= value < math.inf)
+    for name in ("storage", "weights", "data", "address"):
+        if getattr(options, name) is not None:
+            given.text(getattr(options, name), f"--{name}")
+    if options.weights is not None and options.random_weights:
+        raise InputError("--weights and --random-weights exclude each other: leave one of them out.")
     if options.benchmark not in BENCHMARKS:
         make_benchmark(options.benchmark)  # says which names there are
     storage = options.storage or f"runs/{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"

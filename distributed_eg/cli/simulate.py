@@ -36,7 +36,7 @@ class SimulateOptions:
 
 def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Run random schedules of the order of work under every fault; exit code 1 where one breaks an invariant."""
-    processes = options.processes or os.cpu_count() or 1
+    processes = (os.cpu_count() or 1) if options.processes is None else options.processes
     if options.schedules < 1 or processes < 1:
         raise InputError(f"--schedules {options.schedules} and --processes {processes} must be at least 1.")
     out = sys.stderr if options.json else sys.stdout

@@ -29,7 +29,7 @@ def verify(options: Annotated[VerifyOptions, tyro.conf.OmitArgPrefixes]) -> None
 
     storage = Storage(options.run)
     if not storage.exists(layout.RUN) and not storage.list(layout.TASKS):
-        raise InputError(f"There is no run at {options.run!r}: it has neither {layout.RUN!r} nor any task.")
+        raise InputError(f"There is no run at {storage.shown!r}: it has neither {layout.RUN!r} nor any task.")
     result = verification.verify(storage)
     out = sys.stderr if options.json else sys.stdout
     for damage in result.damages:

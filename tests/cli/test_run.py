@@ -114,7 +114,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = command("run", *SMALL, "--lr", "-1", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "distributed-eg: --lr is -1.0; it must be at least 0.\n"
+    assert done.stderr == "distributed-eg: --lr is -1.0; it must be at least 0, and finite.\n"
 
 
 @pytest.mark.ray

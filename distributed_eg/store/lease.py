@@ -15,7 +15,7 @@ from pathlib import Path
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.local_files import sync_folder
-from distributed_eg.store.storage import Storage, record_bytes
+from distributed_eg.store.storage import Storage, record_bytes, repair_of
 
 try:
     import fcntl
@@ -164,21 +164,35 @@ def _locked(storage: Storage, *, only_look: bool = False) -> Iterator[str | None
         yield lock
 
 
-def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
-    """The highest generation so far, 0 where there is none, and its record, None where that is damaged."""
+def last_session(storage: Storage) -> tuple[int, LeaseRecord | DamagedFileError | None]:
+    """The highest generation so far, 0 where there is none, and its record, or why that cannot be read."""
     names = [name.removesuffix(".json") for name in storage.list(layout.SESSIONS) if name.endswith(".json")]
     generation = max((int(name) for name in names if name.isdecimal()), default=0)
-    if not generation:
-        return 0, None
-    path = layout.session_file(generation)
     try:
-        raw = storage.read_record(path)
+        return generation, _read(storage, generation) if generation else None
+    except DamagedFileError as error:
+        return generation, error
+
+
+def _latest(storage: Storage) -> tuple[int, LeaseRecord | None]:
+    """The same, where a damaged record is none, with a warning."""
+    generation, last = last_session(storage)
+    if isinstance(last, DamagedFileError):
+        logger.warning("Nobody can tell who drove the run last, so that it counts as free: %s", last)
+        return generation, None
+    return generation, last
+
+
+def _read(storage: Storage, generation: int) -> LeaseRecord:
+    path = layout.session_file(generation)
+    raw = storage.read_record(path)
+    try:
         holder = Holder(str(raw["holder"]["host"]), int(raw["holder"]["pid"]))
         lock = str(raw.get("lock", ""))  # older versions of this package hold none
-        return generation, LeaseRecord(generation, holder, float(raw["renewed_at"]), bool(raw["open"]), lock)
-    except (DamagedFileError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%r does not tell who drove the run last, so that the run counts as free: %r", path, error)
-        return generation, None
+        return LeaseRecord(generation, holder, float(raw["renewed_at"]), bool(raw["open"]), lock)
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"The record {path!r} in {storage.shown!r} is damaged"
+        raise DamagedFileError(f"{what}: it tells no driver ({error!r}). {repair_of(path)}") from error
 
 
 def _living(last: LeaseRecord | None, lock: str | None, now: float) -> str | None:

@@ -19,7 +19,7 @@ from distributed_eg import given
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.masking import masked, masked_in
 from distributed_eg.store import local_files
-from distributed_eg.store.layout import RUN, SCHEMA_VERSION
+from distributed_eg.store.layout import RUN, SCHEMA_VERSION, SESSIONS
 from distributed_eg.store.local_files import TEMPORARY
 
 REPAIR = (
@@ -283,7 +283,16 @@ class Storage:
 
 def repair_of(path: str) -> str:
     """What repairs a record of the run directory, as a sentence."""
-    return REPAIR if path != RUN else "Nothing else holds what the run is: restore the file from a copy of it."
+    if path == RUN:
+        return "Nothing else holds what the run is: restore the file from a copy of it."
+    if path.startswith(f"{SESSIONS}/"):
+        return "It says who drove the run last, and nothing rests on it: the next driver writes its own."
+    if path.endswith("/timings.json"):
+        return (
+            "It says who did the task's stages and for how long, which cannot be had again, and nothing rests on it: a "
+            "resumed training writes down that it is not known."
+        )
+    return REPAIR
 
 
 def artifact_of(path: str, data: bytes) -> Artifact:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,29 +31,35 @@ RELATEDNESS_SCHEMA = _schema(
 )
 
 
+_WRITER = re.compile(r"parquet-cpp-arrow version \d[\w.+-]*")
+
+
 def registry_table(manifests: Sequence[TaskManifest], timings: Mapping[TaskId, TaskTimings]) -> pa.Table:
     """One row a sealed task, its newest version, in task order; ``train_s`` sums that version's stages, ``worker``
     trained its expert."""
-    rows = []
+    newest = {row["task"]: row for row in registry_rows(manifests, timings)}
+    return pa.Table.from_pylist([row for _, row in sorted(newest.items())], schema=REGISTRY_SCHEMA)
+
+
+def registry_rows(
+    manifests: Sequence[TaskManifest], timings: Mapping[TaskId, TaskTimings]
+) -> Iterator[dict[str, int | float | str | None]]:
+    """A row for every version of every sealed task, oldest first."""
     first = first_numbers(manifests)
-    newest = {manifest.versions[0]: manifest for manifest in sorted(manifests, key=lambda manifest: manifest.task)}
-    for _, manifest in sorted(newest.items()):
+    for manifest in sorted(manifests, key=lambda manifest: manifest.task):
         stages = timings[manifest.task].stages if manifest.task in timings else ()
         workers = [timing.worker for timing in stages if timing.stage == "expert"]
-        rows.append(
-            {
-                "task": manifest.versions[0],
-                "label": manifest.label,
-                "parent": None if manifest.parent is None else first[manifest.parent],
-                "transfer": manifest.transfer,
-                "num_classes": len(manifest.classes),
-                "autoencoder_sha256": manifest.autoencoder.sha256,
-                "expert_sha256": manifest.expert.sha256,
-                "train_s": sum(timing.seconds for timing in stages),
-                "worker": workers[-1] if workers else None,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=REGISTRY_SCHEMA)
+        yield {
+            "task": manifest.versions[0],
+            "label": manifest.label,
+            "parent": None if manifest.parent is None else first[manifest.parent],
+            "transfer": manifest.transfer,
+            "num_classes": len(manifest.classes),
+            "autoencoder_sha256": manifest.autoencoder.sha256,
+            "expert_sha256": manifest.expert.sha256,
+            "train_s": sum(timing.seconds for timing in stages),
+            "worker": workers[-1] if workers else None,
+        }
 
 
 def relatedness_table(records: Sequence[RelatednessRecord], manifests: Sequence[TaskManifest]) -> pa.Table:
@@ -77,8 +85,50 @@ def first_numbers(manifests: Sequence[TaskManifest]) -> dict[TaskId, TaskId]:
 
 
 def export_tables(storage: Storage, registry: pa.Table, relatedness: pa.Table) -> None:
-    """Write both tables as Parquet, for people; nothing of ours reads them back."""
+    """Write both tables as Parquet, for people; nothing of ours rests on them."""
     for path, table in ((layout.REGISTRY_TABLE, registry), (layout.RELATEDNESS_TABLE, relatedness)):
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        storage.write(path, sink.getvalue().to_pybytes())
+        storage.write(path, _parquet(table))
+
+
+def fault_of_export(data: bytes | None, table: pa.Table, known: Sequence[Mapping[str, Any]], *, lags: bool) -> str:
+    """What is wrong with an exported table, as the end of a sentence; empty where nothing is.
+
+    Args:
+        data: the file's bytes; None where there is none.
+        table: what it should hold.
+        known: all rows that an earlier export of the same run can have held.
+        lags: whether it may be missing, or hold an earlier state of the run.
+    """
+    if data is None:
+        return "" if lags else "is missing"
+    if data == _parquet(table):
+        return ""
+    try:
+        found, writer = pq.read_table(pa.BufferReader(data)), pq.read_metadata(pa.BufferReader(data)).created_by
+        rows = found.to_pylist()
+    except (ValueError, OSError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+        return f"is no whole Parquet file ({(str(error).splitlines() or [''])[0]:.100})"
+    wanted = [repr(row) for row in table.to_pylist()]  # as text, NaN equals NaN
+    strange = [row for row in rows if repr(row) not in {*wanted, *map(repr, known)}]
+    if strange and {row.get("task") for row in strange} - {row["task"] for row in known}:
+        return (
+            "tells of tasks that are not sealed: were their files removed, a resumed training with the same stream "
+            "makes them again"
+        )
+    # Another version of pyarrow writes the same rows in other bytes.
+    by_another = writer != _writer() and _WRITER.fullmatch(str(writer)) is not None
+    as_written = found.schema == table.schema and (by_another or data == _parquet(found))
+    if strange or not as_written:
+        return "is not what the records say"
+    return "" if lags or [repr(row) for row in rows] == wanted else "does not hold every sealed task"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _writer() -> str:
+    """What this version of pyarrow writes down as the writer of a file."""
+    return str(pq.read_metadata(pa.BufferReader(_parquet(REGISTRY_SCHEMA.empty_table()))).created_by)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import pyarrow as pa
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
-from distributed_eg.store.lease import Lease, holder_of
+from distributed_eg.store.lease import Lease, LeaseRecord, holder_of, last_session
 from distributed_eg.store.local_files import TEMPORARY
 from distributed_eg.store.storage import REPAIR, Artifact, Storage, repair_of
+from distributed_eg.store.tables import export_tables, fault_of_export, registry_rows, registry_table, relatedness_table
 from distributed_eg.types import TaskId
 
 _WEIGHTS = re.compile(
     rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|expert|checkpoint))-[0-9a-f]+\.safetensors"
+)
+_EXPORTS = (layout.REGISTRY_TABLE, layout.RELATEDNESS_TABLE)
+_REBUILT = (
+    "It is an export for people and no part of the run, which is whole without it: every training that ends writes it "
+    "anew, and so does `distributed-eg verify --rebuild-tables`."
 )
 _TASK_FILE = re.compile(rf"{layout.TASKS}/(\d{{5,}})/.+")
 
@@ -36,14 +44,20 @@ class Verification:
     num_bytes: int
     """Of the files that are as they were recorded."""
     damages: tuple[Damage, ...]
+    unchecked: tuple[str, ...]
+    """Files that no record names, and what earlier drivers left in ``sessions/``; where a record is damaged, the
+    exported tables, too, for nothing tells then what they should hold."""
 
 
 def verify(storage: Storage) -> Verification:
-    """Read every record of a run and every file that one names, and compare sizes and hashes.
+    """Read every record of a run and every file that one names, and compare sizes and hashes; then compare the
+    exported tables with what the records say.
 
     Raises:
         StorageError: the run directory cannot be listed; whatever is wrong inside it is told, not raised.
     """
+    # Before the records: a driver may be at work, and what it has exported it had recorded.
+    exports = {path: _read(storage, path) for path in _EXPORTS}
     found = records.read_all(storage)
     damages = [Damage(path, str(error)) for path, error in found.errors.items()]
     damages += _missing(storage, found)
@@ -65,8 +79,39 @@ def verify(storage: Storage) -> Verification:
                 damages.append(Damage(path, f"Named by {record.path!r}: {error}"))
                 harmed.add(artifact.path)
                 sizes.pop(artifact.path, None)
-    num_files = len(sizes.keys() | {damage.path for damage in damages})
-    return Verification(num_files, sum(sizes.values()), tuple(damages))
+    whole_records = not any(damage.path.endswith(".json") for damage in damages)
+    generation, session = last_session(storage)
+    path = layout.session_file(generation)
+    if isinstance(session, StorageError):
+        damages.append(Damage(path, str(session)))
+    elif session is not None:
+        sizes[path] = storage.size(path)
+    if whole_records:
+        sizes |= {path: len(data) for path, data in exports.items() if data is not None}
+        ended = isinstance(session, LeaseRecord) and not session.open
+        damages += _wrong_exports(storage, found, exports, lags=not ended)
+    damaged = {damage.path for damage in damages}
+    intact = {path: size for path, size in sizes.items() if path not in damaged}
+    unchecked = sorted(set(storage.walk()) - intact.keys() - damaged)
+    return Verification(len(intact) + len(damaged), sum(intact.values()), tuple(damages), tuple(unchecked))
+
+
+def rebuild_tables(storage: Storage) -> None:
+    """Write the exported tables anew, from the records, as the run's driver.
+
+    Raises:
+        RunInUseError: a driver works on the run.
+        StorageError: a record is damaged or missing, or the tables cannot be written.
+    """
+    lease = Lease.acquire(storage)
+    try:
+        found = records.read_all(storage)
+        wrong = [*map(str, found.errors.values()), *(damage.problem for damage in _missing(storage, found))]
+        if wrong:
+            raise StorageError(f"The tables cannot be made anew, for they are made from the records. {wrong[0]}")
+        export_tables(storage, *_tables(found))
+    finally:
+        lease.release()
 
 
 def unnamed(storage: Storage) -> list[str]:
@@ -124,6 +169,38 @@ def collect(storage: Storage, *, dry_run: bool = False) -> dict[str, int]:
         lease.release()
 
 
+def _read(storage: Storage, path: str) -> bytes | None:
+    return storage.read(path) if storage.exists(path) else None
+
+
+def _wrong_exports(
+    storage: Storage, found: records.StoredRecords, exports: Mapping[str, bytes | None], *, lags: bool
+) -> Iterator[Damage]:
+    """What is wrong with the exported tables, where no record is; ``lags``: they may tell of an earlier state."""
+    manifests, timings = _sealed(found)
+    lags |= len(manifests) < sum(isinstance(record, records.TaskRecord) for record in found.records.values())
+    registry, relatedness = _tables(found)
+    possible = ([*registry_rows(manifests, timings)], relatedness.to_pylist())
+    for path, table, rows in zip(_EXPORTS, (registry, relatedness), possible, strict=True):
+        if fault := fault_of_export(exports[path], table, rows, lags=lags):
+            yield Damage(path, f"The table {path!r} in {storage.shown!r} {fault}. {_REBUILT}")
+
+
+def _tables(found: records.StoredRecords) -> tuple[pa.Table, pa.Table]:
+    """The tables that whole records add up to."""
+    manifests, timings = _sealed(found)
+    sealed = {manifest.task for manifest in manifests}
+    known = found.records.values()
+    related = [record for record in known if isinstance(record, records.RelatednessRecord) and record.task in sealed]
+    return registry_table(manifests, timings), relatedness_table(related, manifests)
+
+
+def _sealed(found: records.StoredRecords) -> tuple[list[records.TaskManifest], dict[TaskId, records.TaskTimings]]:
+    known = found.records.values()
+    manifests = [record for record in known if isinstance(record, records.TaskManifest)]
+    return manifests, {record.task: record for record in known if isinstance(record, records.TaskTimings)}
+
+
 def _has_changed(storage: Storage, record: records.CheckpointRecord) -> bool:
     """Whether a checkpoint's record is another one by now, or gone."""
     try:
@@ -158,6 +235,8 @@ def _needs(record: records.Record) -> Iterator[str]:
         yield records.StatisticsRecord.path_of()
         yield records.TaskRecord.path_of(record.task)
         yield records.AutoencoderRecord.path_of(record.task)
+        yield records.RelatednessRecord.path_of(record.task)
+        yield records.TaskTimings.path_of(record.task)
         if record.parent is not None:
             yield records.TaskManifest.path_of(record.parent)
 

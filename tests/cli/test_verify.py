@@ -72,8 +72,23 @@ def test_verify_as_json(run: Path, damaged: bool, capsys: pytest.CaptureFixture[
     code, out, _ = command(capsys, "verify", run, "--json")
     assert code == int(damaged)
     answer = json.loads(out)
-    assert list(answer) == ["num_files", "num_bytes", "damages"]
+    assert list(answer) == ["num_files", "num_bytes", "damages", "unchecked"]
     assert [damage["path"] for damage in answer["damages"]] == paths
+
+
+def test_a_wrong_table_is_named_and_made_anew(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = run / "tables/registry.parquet"
+    before = table.read_bytes()
+    table.write_bytes(before[:-1])
+    code, out, _ = command(capsys, "verify", run)
+    assert code == 1
+    assert out.startswith("tables/registry.parquet: ")
+    assert "no part of the run" in out
+    assert "--rebuild-tables" in out
+    code, out, _ = command(capsys, "verify", run, "--rebuild-tables")
+    assert code == 0
+    assert table.read_bytes() == before
+    assert out.splitlines()[1] == "1 other file, which nothing rests on, not checked: sessions/00001.json"
 
 
 @pytest.mark.parametrize("name", ["verify", "gc"])

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease
 from distributed_eg.store.records import CheckpointRecord
 from distributed_eg.store.storage import REPAIR, Storage, record_bytes
-from distributed_eg.store.verification import Damage, collect, unnamed, verify
+from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
+from distributed_eg.store.verification import Damage, collect, rebuild_tables, unnamed, verify
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, tiny_benchmark, tiny_net, tiny_strategy
 
 
@@ -65,8 +68,8 @@ def answers(run: Path) -> torch.Tensor:
 def test_a_whole_run_is_whole_and_everything_was_looked_at(run: Path) -> None:
     result = verify(Storage(str(run)))
     assert result.damages == ()
-    looked_at = {path for path in run.rglob("*") if path.is_file()} - set((run / "tables").iterdir())
-    looked_at -= set((run / "sessions").glob("*"))
+    looked_at = {path for path in run.rglob("*") if path.is_file()}
+    assert result.unchecked == ()
     assert result.num_files == len(looked_at)
     assert result.num_bytes == sum(path.stat().st_size for path in looked_at)
     assert unnamed(Storage(str(run))) == []
@@ -93,6 +96,135 @@ def test_harmed_weights_are_named_with_their_repair(run: Path, pattern: str, har
     (damage,) = damages(run)
     assert damage.path == path.relative_to(run).as_posix()
     assert REPAIR in damage.problem
+
+
+@pytest.mark.parametrize("harm", [_flip, _truncate, Path.unlink], ids=lambda harm: harm.__name__)
+def test_whatever_file_is_harmed_it_is_told(run: Path, harm: Callable[[Path], None]) -> None:
+    checkpoint(run, 3)
+    storage = Storage(str(run))
+    for file in [path for path in sorted(run.rglob("*")) if path.is_file()]:
+        name, data = file.relative_to(run).as_posix(), file.read_bytes()
+        if harm is Path.unlink and name in ("sessions/00001.json", "tasks/00003/checkpoint.json"):
+            continue  # nobody misses them, and nothing rests on them
+        harm(file)
+        told = {damage.path for damage in verify(storage).damages}
+        # Without its manifest a task looks as if it were in training still, but for the tables and its children.
+        assert name in told or (name.endswith("manifest.json") and "tables/registry.parquet" in told), name
+        file.write_bytes(data)
+    assert damages(run) == ()
+
+
+def _flips(path: Path) -> list[bytes]:
+    """The file with one bit turned, at places all over it."""
+    data = path.read_bytes()
+    places = range(3, len(data), 37)
+    return [data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :] for place in places]
+
+
+@pytest.mark.parametrize("name", ["registry", "relatedness"])
+def test_a_flipped_bit_anywhere_in_a_table_is_told(run: Path, name: str) -> None:
+    """But in the name of the program that wrote it, which is nothing that anybody reads."""
+    path = run / f"tables/{name}.parquet"
+    writer = str(pq.read_metadata(path).created_by).encode()
+    place = path.read_bytes().rindex(writer)
+    for data in _flips(path):
+        changed = next(i for i, (a, b) in enumerate(zip(data, path.read_bytes(), strict=True)) if a != b)
+        if place <= changed < place + len(writer):
+            continue
+        table = path.read_bytes()
+        path.write_bytes(data)
+        assert [damage.path for damage in damages(run)] == [f"tables/{name}.parquet"], changed
+        path.write_bytes(table)
+
+
+def _change_a_value(run: Path) -> None:
+    path = run / "tables/relatedness.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["relatedness"] += 1e-9
+    pq.write_table(pa.Table.from_pylist(rows, schema=RELATEDNESS_SCHEMA), path)
+
+
+def _drop_a_row(run: Path) -> None:
+    path = run / "tables/registry.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 3), path)
+
+
+def _drop_a_column(run: Path) -> None:
+    path = run / "tables/registry.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["worker"]), path)
+
+
+def _from_another_run(run: Path) -> None:
+    path = run / "tables/registry.parquet"
+    rows = [{**row, "task": row["task"] + 7} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=REGISTRY_SCHEMA), path)
+
+
+TABLES = [_change_a_value, _drop_a_row, _drop_a_column, _from_another_run]
+
+
+@pytest.mark.parametrize("harm", TABLES, ids=lambda harm: harm.__name__)
+def test_a_table_that_is_not_what_the_records_say_is_told_and_made_anew(
+    run: Path, harm: Callable[[Path], None]
+) -> None:
+    before = {path: path.read_bytes() for path in (run / "tables").iterdir()}
+    harm(run)
+    (damage,) = damages(run)
+    assert damage.path.startswith("tables/")
+    assert "no part of the run" in damage.problem
+    rebuild_tables(Storage(str(run)))
+    assert damages(run) == ()
+    assert {path: path.read_bytes() for path in before} == before
+    Lease.acquire(Storage(str(run))).release()  # it was given back
+
+
+def test_the_same_table_by_another_version_of_pyarrow_is_as_good(run: Path) -> None:
+    path = run / "tables/registry.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none")
+    assert [damage.path for damage in damages(run)] == ["tables/registry.parquet"]  # this version would not write it so
+    writer = pq.read_metadata(path).created_by.encode()
+    path.write_bytes(path.read_bytes().replace(writer, writer[:-1] + b"9"))
+    assert damages(run) == ()
+
+
+def test_tables_lag_behind_only_where_the_last_driver_has_not_ended(run: Path) -> None:
+    """It may be at work, or have been killed before it wrote them; a resumed training does."""
+    for path in (run / "tables").iterdir():
+        pq.write_table(pq.read_table(path).slice(0, 1), path)
+    assert len(damages(run)) == 2
+    session = run / "sessions/00001.json"
+    whole = session.read_bytes()
+    change(session, open=True)
+    assert damages(run) == ()
+    shutil.rmtree(run / "tables")
+    assert damages(run) == ()
+    session.write_bytes(whole)
+    assert len(damages(run)) == 2
+
+
+@pytest.mark.parametrize("name", ["tasks/00001/manifest.json", "statistics.json"])
+def test_no_table_is_made_from_damaged_records(run: Path, name: str) -> None:
+    before = {path: path.read_bytes() for path in (run / "tables").iterdir()}
+    _truncate(run / name)
+    with pytest.raises(StorageError, match=f"cannot be made anew.*{name}"):
+        rebuild_tables(Storage(str(run)))
+    assert {path: path.read_bytes() for path in before} == before
+    assert set(verify(Storage(str(run))).unchecked) >= {"tables/registry.parquet", "tables/relatedness.parquet"}
+
+
+def test_no_table_is_made_while_a_driver_works(run: Path) -> None:
+    lease = Lease.acquire(Storage(str(run)))
+    with pytest.raises(RunInUseError, match="is in use by process"):
+        rebuild_tables(Storage(str(run)))
+    lease.release()
+
+
+def test_what_was_not_looked_at_is_listed(run: Path) -> None:
+    strangers = [put(run, name) for name in ("notes.txt", "tables/mine.csv", "tasks/00001/expert-00.safetensors")]
+    Lease.acquire(Storage(str(run))).release()  # a second driver: what the first one left tells nothing any more
+    result = verify(Storage(str(run)))
+    assert result.damages == ()
+    assert sorted(result.unchecked) == sorted([*strangers, "sessions/00001.json"])
 
 
 RECORDS = ["statistics", *(f"tasks/00000/{name}" for name in ("task", "autoencoder", "relatedness", "manifest"))]
@@ -274,6 +406,7 @@ def test_a_record_goes_before_what_it_names(run: Path) -> None:
 
 def test_the_checkpoint_of_a_task_in_training_stays_and_is_verified(run: Path) -> None:
     (run / "tasks/00003/manifest.json").unlink()
+    shutil.rmtree(run / "tables")  # written at the end
     tensors, _ = checkpoint(run, 3)
     expert = weights(run, "tasks/00003/expert").relative_to(run).as_posix()
     assert unnamed(Storage(str(run))) == [expert]

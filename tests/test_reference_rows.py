@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
-from torch import Tensor
+from torch import Tensor, nn
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import InputError
-from distributed_eg.method import sgd_autoencoder
-from distributed_eg.method.backbone import Backbone
+from distributed_eg.method import backbone, sgd_autoencoder
 from distributed_eg.method.distill import Distillation
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
+from distributed_eg.strategy import model as strategy_model
 from distributed_eg.strategy.training import trainer
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
 from tests.inside import manifests_of, sample_counts_of
@@ -53,8 +53,8 @@ def test_row_01_lwf_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[tuple[Tensor, Tensor]] = []
 
     class Spy(Distillation):
-        def __init__(self, student: Any, teacher: Any, **options: Any) -> None:
-            super().__init__(student, teacher, **options)
+        def __init__(self, student: Any, teacher: Any, head: str, **options: Any) -> None:
+            super().__init__(student, teacher, head, **options)
             teachers.append(copy.deepcopy(teacher.state_dict()))
             self._before = self.old_head.weight.detach().clone()
 
@@ -260,13 +260,14 @@ def test_row_11_an_autoencoder_costs_its_own_matrices(kind: Any, tmp_path: Path)
 def test_row_12_the_backbone_sees_each_image_once(num_tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and in evaluation, whatever the number of autoencoders and their epochs."""
     counts = [0]
-    original = Backbone.forward
+    original = backbone.features_at
 
-    def spy(self: Backbone, images: Tensor) -> Tensor:
+    def spy(network: nn.Module, layer: str, images: Tensor) -> Tensor:
         counts[0] += len(images)
-        return original(self, images)
+        return original(network, layer, images)
 
-    monkeypatch.setattr(Backbone, "forward", spy)
+    for module in (backbone, strategy_model):
+        monkeypatch.setattr(module, "features_at", spy)
     benchmark = tiny_benchmark((0, 1, 2, 3)[:num_tasks])
     with tiny_strategy(model=sgd_model(), ae_train_mb_size=16, ae_train_epochs=3, train_epochs=1) as strategy:
         strategy.train(benchmark.train_stream)
@@ -342,7 +343,7 @@ def test_row_15_no_prints_and_the_callers_objects_are_untouched(
     assert plugins == given
     assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == groups
     counts = [json.loads(line) for line in (tmp_path / "held.jsonl").read_text().splitlines()]
-    # features (2 convolutions, 1 normalisation) and head: 8 tensors; while LwF acts the old head's 2 beside them
-    plain, with_old_head = [8, 8, 0], [10, 10, 0]
+    # features (2 convolutions, 1 normalisation) and head: 8 tensors; while LwF acts the optimizer has the old head's 2
+    plain, with_old_head = [8, 8, 0], [10, 8, 2]
     assert counts == [with_old_head if transfer == "lwf" else plain for transfer in transfers]
     assert capsys.readouterr().out == ""

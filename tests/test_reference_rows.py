@@ -106,8 +106,7 @@ def trained_sgd(**settings: Any) -> tuple[ExpertGate, dict[str, Tensor], Any]:
 def test_row_03_features_are_standardized() -> None:
     """μ and σ are per feature, those of the first task, and the same for every autoencoder."""
     model, state, benchmark = trained_sgd()
-    backbone = Backbone(model.expert, model.output_layer_name, SHAPE)
-    features = backbone(images_of(benchmark.train_stream, 0))
+    features = backbone.Backbone(model.expert, model.output_layer_name, SHAPE)(images_of(benchmark.train_stream, 0))
     assert torch.allclose(state["run.statistics.mean"], features.mean(0), atol=1e-4)
     std = features.std(0, correction=0)
     assert torch.allclose(state["run.statistics.std"][std > 0.1], std[std > 0.1], rtol=1e-3)

@@ -98,9 +98,9 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
             told = masked_in(str(error), address).rstrip(".")
             raise ResourceError(
                 f"No Ray cluster answers at {masked(address)!r}: {told}. Where the address is right, start the "
-                "cluster, or raise startup_timeout_s until it is up; where it comes from RAY_ADDRESS, unset that to start "
-                "Ray on this machine. Where it asks for a token, set RAY_AUTH_MODE=token and give it (RAY_AUTH_TOKEN, "
-                "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)."
+                "cluster, or raise startup_timeout_s until it is up; where it comes from RAY_ADDRESS, unset that to "
+                "start Ray on this machine. Where it asks for a token, set RAY_AUTH_MODE=token and give it "
+                "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)."
             ) from (error if told == str(error).rstrip(".") else None)
         _warn_if_open(f"{masked(address)!r} is")
         return True

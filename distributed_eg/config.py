@@ -48,8 +48,8 @@ class ClusterConfig:
     engine: Engine = "ray"
     """``"ray"``: worker actors. ``"inline"``: the same stages in this process, without Ray."""
     address: str | None = None
-    """A Ray cluster to attach to; else RAY_ADDRESS where set; else Ray is started on this machine and stopped at
-    close()."""
+    """A Ray cluster to attach to (host:port, or "auto"); else RAY_ADDRESS where set; else Ray is started on this
+    machine, and stopped when the last strategy of this process that uses it is closed. Ray Client is refused."""
     num_workers: int | Literal["auto"] = "auto"
     """Worker actors. "auto": one per GPU share that the cluster has, else one per CPU share, at most one a task; nodes
     that join later bring more."""
@@ -67,7 +67,7 @@ class ClusterConfig:
     max_resident_experts: int = 4
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
-    """How long to wait, without any worker, for room that the cluster has but that is taken."""
+    """How long to wait for a cluster to answer; and, without any worker, for room that it has but that is taken."""
     resume: bool = False
     """Go on with the run that ``storage`` holds, where it holds one: give ``train`` the same stream again. What is
     sealed is kept; other settings, data or another backbone are refused."""

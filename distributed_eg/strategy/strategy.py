@@ -329,7 +329,8 @@ class ExpertGateStrategy(ExpertLoop):
         self._driver.save_reference(given.path(path, "path"))
 
     def close(self) -> None:
-        """End the workers, and Ray where this strategy started it. The model keeps its gate and its experts."""
+        """End the workers, and Ray where it was started here and no other strategy of this process uses it. The model
+        keeps its gate and its experts."""
         self._driver.close()
 
     def __enter__(self) -> ExpertGateStrategy:

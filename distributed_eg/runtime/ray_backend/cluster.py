@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._private import services
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as _state
 from ray._raylet import AuthenticationMode, GcsClient, get_authentication_mode  # type: ignore[attr-defined]
@@ -138,6 +139,7 @@ def _wait_for(address: str, timeout_s: float) -> None:
 
     Raises:
         ConnectionError: none does in time.
+        AuthenticationError: a token is to be used, and there is none.
     """
     until = time.monotonic() + timeout_s
     host, port = _endpoint(address)
@@ -155,6 +157,7 @@ def _wait_for(address: str, timeout_s: float) -> None:
         time.sleep(_RETRY_S)
     if address == "auto":  # only ray.init itself finds the token of a cluster that it found itself
         return
+    ensure_token_if_auth_enabled(create_token_if_missing=False)  # a client without one would end the process
     # Somebody listens; whether that is a cluster only a call tells, which may hang: another thread can be left alone.
     answers: Future[None] = Future()
     threading.Thread(target=_ask, args=(address, answers), name="distributed-eg-probe", daemon=True).start()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets, task_incremental_benchmark
@@ -17,9 +18,12 @@ from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
-from distributed_eg import ExpertGateStrategy
+from distributed_eg import ClusterConfig, ExpertGateStrategy
 from distributed_eg.errors import DamagedFileError, HookError, InputError, RunInUseError, StorageError, WorkerLostError
 from tests.helpers import task_images, tiny_strategy
+
+# Ray's workers cannot import a test module: its classes travel by value.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Silent(Exception):
@@ -229,3 +233,14 @@ def test_ctrl_c_is_no_error_of_a_task(strategy: Asked, tmp_path: Path) -> None:
     strategy.place, strategy.faulty = "plugin", Faulty(KeyboardInterrupt, tmp_path / "notes")
     with pytest.raises(KeyboardInterrupt):
         strategy.train(experience())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_under_ray(tmp_path: Path) -> None:
+    """What would end a worker's process, or cannot leave it, is one more error of a task."""
+    with tiny_strategy(ClusterConfig(num_workers=1, gpus_per_worker=0.5), train_epochs=1, cls=Asked) as strategy:
+        for name in ("SystemExit", "Silent", "Abort", "StorageError"):
+            faulty = Faulty(NAMES[name], tmp_path / name)
+            strategy.place, strategy.faulty = "optimizer", faulty
+            fails_once(strategy, experience(), faulty, PLACES["optimizer"])

@@ -31,13 +31,22 @@ def conform(batch: object, labels: Labels = "ids") -> list[Any]:
     images, targets, *rest = batch
     if not isinstance(images, Tensor) or not images.is_floating_point():
         raise InputError(_image_fault(images))
-    if labels == "soft" and isinstance(targets, Tensor) and targets.is_floating_point() and _is_wide(targets):
-        targets = targets.to(torch.float32)
-    elif labels != "any":
-        targets = _class_ids(targets)
+    if labels != "any":
+        targets = conform_targets(targets, soft=labels == "soft")
     if isinstance(targets, Tensor) and len(images) != len(targets):
         raise InputError(f"it has {len(images)} images, but {len(targets)} labels")
     return [images.to(torch.float32), targets, *rest]
+
+
+def conform_targets(targets: object, *, soft: bool) -> Tensor:
+    """Int64 class ids (n,), or where ``soft`` allows them float32 targets (n, classes).
+
+    Raises:
+        InputError: ``targets`` are something else.
+    """
+    if soft and isinstance(targets, Tensor) and targets.is_floating_point() and _is_wide(targets):
+        return targets.to(torch.float32)
+    return _class_ids(targets)
 
 
 def item_fault(item: object, labels: Labels = "ids") -> str | None:
@@ -108,7 +117,7 @@ def _class_ids(targets: object) -> Tensor:
     if not isinstance(targets, Tensor) or targets.is_complex():
         raise InputError(f"its label is {_described(targets)}; it must be a class id, a whole number from 0")
     if targets.ndim == 0 or _is_wide(targets):
-        soft = "; soft targets (MixUp, CutMix) are for training only: give them to train(…, collate_fn=…)"
+        soft = "; soft targets (MixUp, CutMix) are for training only: mix in a plugin's before_training_iteration"
         raise InputError(
             f"its label has the shape {tuple(targets.shape[1:])}; it must be one class id"
             f"{soft if targets.is_floating_point() else ''}"
@@ -121,7 +130,7 @@ def _class_ids(targets: object) -> Tensor:
 
 
 def _is_wide(targets: Tensor) -> bool:
-    return targets.numel() != len(targets)
+    return targets.ndim > 1 and targets.numel() != len(targets)
 
 
 def _as_tensor(value: Any) -> Any:

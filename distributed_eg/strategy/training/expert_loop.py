@@ -6,12 +6,10 @@ from collections.abc import Sequence, Sized
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from distributed_eg.errors import HookError, InputError
-from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
-from distributed_eg.runtime.worker.contract import conform
+from distributed_eg.runtime.worker.contract import conform, conform_targets
 from distributed_eg.strategy.avalanche_types import Template
 from distributed_eg.strategy.training import losses
 from distributed_eg.strategy.training.checkpoint import Checkpointing
@@ -92,12 +90,12 @@ class ExpertLoop(Template):
         """
         model, criterion, targets = self.model, self._criterion, self.mb_y
         classes = model.classes if isinstance(model, SingleExpert) and self.is_training else None
+        if classes is not None:
+            targets = conform_targets(targets, soft=True)  # a plugin may have changed them
         losses.check_targets(criterion, targets, classes)
         if classes is not None and (targets.is_floating_point() or not losses.takes_infinities(criterion)):
             return losses.one_number(losses.local_loss(criterion, self.mb_output, targets, classes))
-        output, weight = self.mb_output, getattr(criterion, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 1 and len(weight) > output.shape[1]:
-            output = pad(output, (0, len(weight) - output.shape[1]), value=ABSENT_LOG_PROBABILITY)
+        output = self.mb_output if self.is_training else losses.widened(criterion, self.mb_output)
         return losses.one_number(criterion(output, targets))
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from distributed_eg.errors import InputError
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
 
 _PER_CLASS = ("weight", "weights", "class_weight", "class_weights", "pos_weight", "alpha")
 """Names under which losses keep one number for each class."""
@@ -96,6 +97,14 @@ def check_targets(criterion: object, targets: Tensor, classes: Sequence[int] | N
                 f"A training batch holds the class {int(strangers[0])}, but the task's classes are {list(classes)}; "
                 "check its transforms, and what plugins add to batches."
             )
+
+
+def widened(criterion: object, output: Tensor) -> Tensor:
+    """Outputs (n, width) with log(1e-7) for further classes that ``criterion`` has weights for, whom no expert knows
+    yet: torch's losses want a weight for each output."""
+    lengths = [len(held[name]) for held, name in _per_class(criterion) if name == "weight"]
+    missing = max([output.shape[1], *lengths]) - output.shape[1]
+    return pad(output, (0, missing), value=ABSENT_LOG_PROBABILITY) if missing else output
 
 
 def one_number(loss: object) -> Tensor:

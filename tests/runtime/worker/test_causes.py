@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,8 +19,9 @@ from distributed_eg.errors import (
     StorageError,
     WorkerLostError,
 )
-from distributed_eg.runtime.worker.causes import cause_of
+from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours, users_error
 from distributed_eg.schedule.events import Cause
+from distributed_eg.store.storage import Storage
 
 
 def raised_from(error: Exception, cause: Exception) -> Exception:
@@ -43,6 +49,81 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
 )
 def test_a_cause_is_told_from_what_was_raised(error: Exception, cause: Cause) -> None:
     assert cause_of(error) is cause
+
+
+def caught(run: Callable[[], object]) -> BaseException:
+    """What it raises, with its traceback."""
+    try:
+        run()
+    except BaseException as error:
+        return error
+    raise AssertionError
+
+
+def raises(error: BaseException) -> Callable[[], object]:
+    """What raises ``error`` by a statement."""
+
+    def run() -> object:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageError("x"),
+        WorkerLostError("x"),
+        MemoryError(),
+        RuntimeError("out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ConnectionError(),
+        SystemExit(1),
+    ],
+    ids=repr,
+)
+def test_what_a_users_statement_raises_comes_again(error: BaseException) -> None:
+    """Whatever it says of itself: this module is none of the package's."""
+    found = caught(raises(error))
+    assert cause_of(found) is Cause.RAISED
+    assert cause_of(users_error(found, "Training")) is Cause.RAISED
+    assert not is_ours(found)
+    assert not ends_process(found)
+
+
+def test_what_an_allocator_raises_is_believed() -> None:
+    for run in (lambda: bytearray(2**62), lambda: torch.empty(2**60)):
+        error = caught(run)
+        assert cause_of(error) is Cause.OUT_OF_MEMORY
+        told = caught(lambda error=error: _from(error))
+        assert cause_of(told) is Cause.OUT_OF_MEMORY
+
+
+def _from(error: BaseException) -> None:
+    raise users_error(error, "Training") from error
+
+
+def test_what_our_own_code_raises_is_ours(tmp_path: Path) -> None:
+    error = caught(lambda: _storage_fails(tmp_path))
+    assert isinstance(error, StorageError)
+    # called by a user's code, such as a plugin that opens another run: theirs
+    assert not is_ours(error)
+    assert error.__traceback__ is not None
+    error.__traceback__ = error.__traceback__.tb_next.tb_next.tb_next  # type: ignore[union-attr]
+    assert is_ours(error)
+
+
+def _storage_fails(path: Path) -> None:
+    Storage(str(path)).read_record("none")
+
+
+def test_ctrl_c_and_signals_are_the_processs() -> None:
+    assert ends_process(caught(raises(KeyboardInterrupt())))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(1))
+    try:
+        assert ends_process(caught(lambda: signal.raise_signal(signal.SIGUSR1)))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_ours_are_all_picked_up() -> None:

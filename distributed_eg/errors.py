@@ -10,7 +10,7 @@ ExpertGateError
 ├── ResourceError (RuntimeError)   the cluster cannot provide what was asked for
 ├── WorkerLostError (RuntimeError) a worker process or its node went away
 ├── StoppedError (RuntimeError)    a stage ended early because its driver was told to stop
-├── HookError (RuntimeError)       a plugin, a metric or a method of the user's own raised on a worker
+├── HookError (RuntimeError)       a dataset, a plugin, a metric or a method of the user's own raised on a worker
 ├── DivergedError (ArithmeticError) the loss of a task's training is not finite
 └── TaskFailedError (RuntimeError) one or more tasks could not be trained; the others are committed
 
@@ -59,7 +59,8 @@ class StoppedError(ExpertGateError, RuntimeError):
 
 
 class HookError(ExpertGateError, RuntimeError):
-    """A plugin, a metric or an overridden method raised while an expert trained; it carries the worker's traceback."""
+    """A dataset, a plugin, a metric or another piece of the user's code raised on a worker: where, what, and the
+    worker's traceback."""
 
 
 class DivergedError(ExpertGateError, ArithmeticError):

@@ -94,8 +94,8 @@ class ExpertGateStrategy(ExpertLoop):
             model: an ``ExpertGate``.
             optimizer: over ``model.expert``'s parameters; each expert trains with a copy of it, over its own
                 parameters of the same names, in the same groups.
-            criterion: loss of outputs and targets. One that is no plain cross-entropy gets the task's local logits and
-                class positions, for others' classes are at −inf.
+            criterion: loss of outputs and targets. One that is no plain cross-entropy, or gets soft targets, gets the
+                task's local logits and targets, for others' classes are at −inf; its weights are over all classes.
             train_mb_size: mini-batch size of an expert's training.
             train_epochs: epochs of an expert's training.
             eval_mb_size: mini-batch size of evaluation; None is ``train_mb_size``.

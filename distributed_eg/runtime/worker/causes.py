@@ -16,15 +16,15 @@ from distributed_eg.schedule.events import Cause
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 """What torch says, in a plain RuntimeError, where the machine has no memory left."""
-_HOSTS = {"distributed_eg", "avalanche", "torch", "contextlib"}
-"""Whose frames may lie between a stage and our own storage."""
 
 
 def cause_of(error: BaseException) -> Cause:
     """The cause of a failed stage. What a user's code raises is its own, whatever class and text it gives it; only an
     allocator that found no memory there is believed."""
     if isinstance(error, HookError):
-        return Cause.OUT_OF_MEMORY if _is_out_of_memory(error.__cause__) else Cause.RAISED
+        found = error.__cause__
+        is_true = found is not None and _is_out_of_memory(found) and not (_is_stated(found) and _dispatch(found)[1])
+        return Cause.OUT_OF_MEMORY if is_true else Cause.RAISED
     if is_ours(error):
         if isinstance(error, DamagedFileError):  # a file of another task: writing again does not help this one
             return Cause.RAISED
@@ -39,10 +39,10 @@ def cause_of(error: BaseException) -> Cause:
 def is_ours(error: BaseException) -> bool:
     """Whether it is an error of this package that its own code raised: users may raise the same classes, and one of
     the storage is a fault of the run's only where no user's code asked for it."""
-    passed = [_package(frame) for frame in _frames(error)]
-    if type(error).__module__ != "distributed_eg.errors" or passed[-1:] not in ([], ["distributed_eg"]):
+    raised_in = [frame.f_globals.get("__name__") for frame in _frames(error)][-1:]
+    if type(error).__module__ != "distributed_eg.errors" or not all(_is_of_ours(name) for name in raised_in):
         return False
-    return not isinstance(error, StorageError | WorkerLostError) or _HOSTS.issuperset(passed)
+    return not isinstance(error, StorageError | WorkerLostError) or not _dispatch(error)[0]
 
 
 def ends_process(error: BaseException) -> bool:
@@ -59,7 +59,7 @@ def ends_process(error: BaseException) -> bool:
 def users_error(error: BaseException, doing: str, *, place: str = "", note: str = "") -> HookError:
     """What a user's code raised while ``doing``, as an error of ours: where, its class and text, and its traceback."""
     lines = "".join(traceback.format_exception(error))
-    return HookError(f"{doing} failed{place or _place(error)}: {told(error)}\n{note}{lines}")
+    return HookError(f"{doing} failed{place or _dispatch(error)[0]}: {told(error)}\n{note}{lines}")
 
 
 def told(error: BaseException) -> str:
@@ -71,14 +71,15 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _place(error: BaseException) -> str:
-    """Whose mistake it is, such as " in the plugin X in before_forward", from the innermost frame of Avalanche's or
-    torch's own dispatch; empty without one."""
-    found = ""
+def _dispatch(error: BaseException) -> tuple[str, bool]:
+    """Whose code raised it, such as " in the plugin X in before_forward", from the innermost frame of Avalanche's or
+    torch's own dispatch, empty without one; and whether that is a user's: all in a loop is, but our own plugins."""
+    found, is_users = "", True
     for frame in _frames(error):
-        name, local = frame.f_code.co_name, frame.f_locals
+        name, local, before = frame.f_code.co_name, frame.f_locals, found
         if name == "trigger_plugins" and {"p", "event"} <= local.keys():
-            found = f" in the plugin {type(local['p']).__name__} in {local['event']}"
+            is_users = not _is_of_ours(type(local["p"]).__module__)
+            found = f" in the plugin {type(local['p']).__name__} in {local['event']}" if is_users else ""
         elif name == "_update_metrics_and_loggers" and {"metric", "callback"} <= local.keys():
             found = f" in the metric {_named(local['metric'])} in {local['callback']}"
         elif name == "_getitem_recursive_call" and {"dd", "idx"} <= local.keys():
@@ -89,7 +90,8 @@ def _place(error: BaseException) -> str:
             found = f" in the criterion {_named(local['self']._criterion)}"
         elif name == "optimizer_step":
             found = " in the optimizer's step"
-    return found
+        is_users |= found not in ("", before)
+    return found, is_users
 
 
 def _named(value: object) -> str:
@@ -99,21 +101,23 @@ def _named(value: object) -> str:
         return type(value).__name__
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an allocator found no memory left. Allocators are no Python code: what a ``raise`` statement says of
-    memory is some code's own opinion, and comes again."""
+def _is_out_of_memory(error: BaseException) -> bool:
     says_so = isinstance(error, RuntimeError) and any(words in told(error).lower() for words in _NO_MEMORY)
-    if error is None or not (says_so or isinstance(error, MemoryError | torch.OutOfMemoryError)):
-        return False
+    return says_so or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _is_stated(error: BaseException) -> bool:
+    """Whether a ``raise`` statement of somebody's raised it. Allocators are no Python code: what a statement says of
+    memory is an opinion, and comes again."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is None or dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] != "RAISE_VARARGS"
+    return trace is not None and dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
     return (frame for frame, _line in traceback.walk_tb(error.__traceback__))
 
 
-def _package(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _is_of_ours(module: object) -> bool:
+    return str(module).partition(".")[0] == "distributed_eg"

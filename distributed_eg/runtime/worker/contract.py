@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -80,10 +81,8 @@ def blame(items: Sequence[tuple[str, Any]], labels: Labels = "ids") -> str | Non
 
 def item_of(dataset: Any, index: int) -> str:
     """A sample's name, by the class and the row of the dataset behind all views: "item 17 of ImageFolder"."""
-    try:
+    with suppress(Exception):  # a view may lack that row
         dataset, index = _behind(dataset, index)
-    except Exception:  # an index that its views do not have
-        return f"item {index} of {type(dataset).__name__}"
     return f"item {index} of {type(dataset).__name__}"
 
 

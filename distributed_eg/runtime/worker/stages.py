@@ -10,6 +10,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
 from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
@@ -23,7 +24,7 @@ from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
-from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord
+from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
 from distributed_eg.store.reference import save_statistics
 from distributed_eg.store.storage import Artifact
 from distributed_eg.store.weights import save_tensors
@@ -99,18 +100,32 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
     rows, choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
     if request.input.record.continues is not None:
         choice = TransferChoice(request.input.record.continues, "continue")
-    if own > _LEARNT_SHARE * variance:
-        logger.warning(
-            "The autoencoder of task %d (label %d) has hardly learnt: its validation error %.4g is %.0f %% of the "
-            "features' variance, so its relatedness means little. Try autoencoder='linear', more ae_train_epochs, a "
-            "larger ae_lr or ae_optimizer='adagrad'.",
-            task,
-            request.input.record.label,
-            own,
-            100 * own / variance if variance else float("inf"),
-        )
+    _warn_if_unlearnt(request.input.record, own, variance, len(features), method.autoencoder)
     context.drop_features(request.input.key, "valid")
     return RelatednessRecord(task, choice, own, variance, tuple(rows))
+
+
+def _warn_if_unlearnt(
+    record: TaskRecord, own: float, variance: float, num_images: int, config: AutoencoderConfig
+) -> None:
+    """Say where a task's own autoencoder tells little of its validation images, and what helps in this run."""
+    if own <= _LEARNT_SHARE * variance:
+        return
+    what = "The relatedness of task %d (label %d) means little: "
+    if variance == 0:
+        says = "its validation part holds %d image(s) without any difference. Give it a larger "
+        says += "one, by validation_fraction or in a validation stream."
+        logger.warning(what + says, record.task, record.label, num_images)
+        return
+    remedies = ["more training images of it", "another ae_latent_dim"]
+    if config.kind == "sgd":
+        remedies = ["autoencoder='linear'", "more ae_train_epochs", "a larger ae_lr"]
+        remedies += ["ae_optimizer='adagrad'"] if config.optimizer == "sgd" else []
+    logger.warning(
+        what + "its autoencoder has hardly learnt, for its validation error %.4g is %.0f %% of the features' variance. "
+        "Try %s or %s.",
+        *(record.task, record.label, own, 100 * own / variance, ", ".join(remedies[:-1]), remedies[-1]),
+    )
 
 
 def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:

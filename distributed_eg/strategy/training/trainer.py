@@ -165,8 +165,7 @@ def _hook_error(error: BaseException, job: ExpertJob, checkpointing: Checkpointi
 
 def _fingerprint(network: nn.Module) -> list[float]:
     """What tells whether anybody moved a parameter, be it by hand."""
-    sums = [parameter.detach().double().sum() for parameter in network.parameters()]
-    return torch.stack(sums).tolist() if sums else []
+    return [float(parameter.detach().double().sum()) for parameter in network.parameters()]
 
 
 def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[str, object]) -> None:

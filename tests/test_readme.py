@@ -60,6 +60,18 @@ def test_every_test_that_the_table_of_faults_names_exists() -> None:
         assert name == "" or f"\ndef {name}(" in text, (path, name)
 
 
+def test_every_test_of_what_is_not_as_in_avalanche_exists() -> None:
+    text = (REPOSITORY / "distributed_eg/README.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in text.split("## As in Avalanche")[1].split("\n## ")[0].splitlines() if line.startswith("| ")
+    ]
+    named = [re.findall(r"`(\S+/test_\w+\.py)::(test_\w+)` \|$", row) for row in rows[1:]]
+    assert len(named) > 20
+    for found in named:
+        ((path, name),) = found
+        assert f"def {name}(" in (REPOSITORY / "tests" / path).read_text(encoding="utf-8"), (path, name)
+
+
 @pytest.mark.parametrize("readme", ["README.md", "distributed_eg/README.md", "cluster/README.md"])
 def test_links_lead_somewhere(readme: str) -> None:
     path = REPOSITORY / readme

@@ -189,6 +189,7 @@ def test_lazy_layers_get_their_shape() -> None:
         require_copies(unused, IMAGE)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning")
 @pytest.mark.parametrize("wrap", [torch.jit.script, torch.compile, nn.DataParallel])
 def test_what_stands_around_a_network_is_refused(wrap: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.raises(BackboneError, match="give the plain module that it was made from"):

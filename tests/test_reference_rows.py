@@ -106,11 +106,12 @@ def trained_sgd(**settings: Any) -> tuple[ExpertGate, dict[str, Tensor], Any]:
 def test_row_03_features_are_standardized() -> None:
     """μ and σ are per feature, those of the first task, and the same for every autoencoder."""
     model, state, benchmark = trained_sgd()
-    features = backbone.Backbone(model.expert, model.output_layer_name, SHAPE)(images_of(benchmark.train_stream, 0))
+    features_of = backbone.Backbone(model.expert, model.output_layer_name, SHAPE)
+    features = features_of(images_of(benchmark.train_stream, 0))
     assert torch.allclose(state["run.statistics.mean"], features.mean(0), atol=1e-4)
     std = features.std(0, correction=0)
     assert torch.allclose(state["run.statistics.std"][std > 0.1], std[std > 0.1], rtol=1e-3)
-    x = backbone(images_of(benchmark.test_stream, 1, 5))
+    x = features_of(images_of(benchmark.test_stream, 1, 5))
     z = torch.sigmoid((x - state["run.statistics.mean"]) / state["run.statistics.std"])
     errors = torch.stack([_errors_by_hand(state, task, z) for task in (0, 1)], dim=1)
     assert torch.allclose(model.gate(images_of(benchmark.test_stream, 1, 5)).errors, errors, rtol=1e-3)

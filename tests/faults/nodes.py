@@ -324,7 +324,8 @@ def main() -> None:
                 except Exception:
                     facts = {"failed": traceback.format_exc()}
                 told = {"story": story.__name__, "seconds": time.monotonic() - started, **facts}
-                print(json.dumps(told), flush=True)
+                # In one write, its end included: what others write to the same file comes before or after it.
+                print(json.dumps(told) + "\n", end="", flush=True)
         finally:
             ray.shutdown()
             theatre.cluster.shutdown()

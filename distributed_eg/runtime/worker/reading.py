@@ -48,24 +48,27 @@ class Reader(Dataset[tuple[int, Any]]):
             InputError: the samples, or what the collate function makes of them, are no images and class ids.
             HookError: the collate function raised though the samples are well.
         """
-        named = [(item_of(self._dataset, index), item) for index, item in rows]
+        first = rows[0][0]
         try:
             batch = (getattr(self._dataset, "collate_fn", None) or default_collate)([item for _, item in rows])
         except BaseException as error:
-            if isinstance(error, Exception) and (fault := blame(named, self._labels)):
+            if isinstance(error, Exception) and (fault := self._blame(rows)):
                 raise InputError(f"The data of {self._what} cannot be used. {fault[0].upper()}{fault[1:]}.") from error
-            raise self._theirs(error, f" in the collate function, from {named[0][0]} on") from error
+            raise self._theirs(error, f" in the collate function, from {item_of(self._dataset, first)} on") from error
         # Torch makes a batch of images of several types without a word.
-        fault = blame(named, self._labels) if len({_type_of(item) for _, item in rows}) > 1 else None
+        fault = self._blame(rows) if len({_type_of(item) for _, item in rows}) > 1 else None
         try:
             batch = conform(batch, self._labels)
             if len(batch[0]) != len(rows):
                 raise InputError(f"it has {len(batch[0])} images of {len(rows)} samples")
         except InputError as error:
-            fault = blame(named, self._labels) or f"the batch that is collated from {named[0][0]} on: {error}"
+            fault = self._blame(rows) or f"the batch that is collated from {item_of(self._dataset, first)} on: {error}"
         if fault is not None:
             raise InputError(f"The data of {self._what} cannot be used. {fault[0].upper()}{fault[1:]}.")
         return list(batch)
+
+    def _blame(self, rows: Sequence[tuple[int, Any]]) -> str | None:
+        return blame([(item_of(self._dataset, index), item) for index, item in rows], self._labels)
 
     def _theirs(self, error: BaseException, place: str) -> BaseException:
         return error if ends_process(error) else users_error(error, f"Reading the data of {self._what}", place=place)

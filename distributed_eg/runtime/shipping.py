@@ -13,16 +13,14 @@ import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-import cloudpickle
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from distributed_eg.errors import InputError
+from distributed_eg.runtime import pickling
 
 _INLINE_BYTES = 64 * 2**10
-# What objects raise that cannot be pickled: locks, generators, process-shared values, lambdas of C extensions.
-PICKLE_ERRORS = (pickle.PicklingError, TypeError, AttributeError, RuntimeError, NotImplementedError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,18 @@ class Shipped:
 
     view: Any
     leaves: tuple[Any, ...]
+    what: str
+    """What errors call it."""
 
     def load(self, fetch: Callable[[Any], Any]) -> Any:
-        """A new copy of the value; ``fetch`` gives the bytes behind a reference."""
+        """A new copy of the value; ``fetch`` gives the bytes behind a reference.
+
+        Raises:
+            InputError: it cannot be made here, such as where a module is missing.
+        """
         view = self.view if isinstance(self.view, bytes) else fetch(self.view)
-        return _ViewUnpickler(io.BytesIO(view), self.leaves, fetch).load()
+        leaves = [pickling.load(partial(pickle.loads, fetch(reference)), self.what) for reference in self.leaves]
+        return pickling.load(_ViewUnpickler(io.BytesIO(view), leaves).load, self.what)
 
 
 class LeafStore(Protocol):
@@ -75,15 +80,12 @@ class Shipper:
             InputError: something in it cannot be pickled; the message names ``what``.
         """
         buffer = io.BytesIO()
-        pickler = _ViewPickler(buffer, self._leaf)
-        try:
-            pickler.dump(value)
-        except PICKLE_ERRORS as error:
-            raise InputError(f"{what} cannot be sent to a worker: {error}") from error
-        leaves = tuple(pickler.leaves)
+        pickler = _ViewPickler(buffer)
+        pickling.dump(pickler, value, what)
+        leaves = tuple(self._leaf(dataset, what) for dataset in pickler.datasets)
         data = buffer.getvalue()
         view = data if len(data) < _INLINE_BYTES else self._store.put(data)
-        return Shipped(view, tuple(leaf.reference for leaf in leaves)), leaves
+        return Shipped(view, tuple(leaf.reference for leaf in leaves), what), leaves
 
     def copy(self, value: Any, what: str) -> Any:
         """A copy of ``value`` as a worker would get it: whatever is read from it changes nothing of the caller's.
@@ -94,38 +96,33 @@ class Shipper:
         shipped, _held = self.ship(value, what)
         return shipped.load(self._store.get)
 
-    def _leaf(self, dataset: Dataset[Any]) -> _Leaf:
+    def _leaf(self, dataset: Dataset[Any], what: str) -> _Leaf:
         leaf = self._leaves.get(id(dataset))
         if leaf is None:
-            leaf = _Leaf(dataset, self._store.put(cloudpickle.dumps(dataset, protocol=pickle.HIGHEST_PROTOCOL)))
+            leaf = _Leaf(dataset, self._store.put(pickling.dumps(dataset, what)))
             self._leaves[id(dataset)] = leaf
         return leaf
 
 
-class _ViewPickler(cloudpickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, leaf_of: Callable[[Dataset[Any]], _Leaf]) -> None:
-        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
-        self._leaf_of = leaf_of
+class _ViewPickler(pickling.Pickler):
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer)
         self._positions: dict[int, int] = {}
-        self.leaves: list[_Leaf] = []
+        self.datasets: list[Dataset[Any]] = []
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Dataset) or isinstance(obj, Subset | ConcatDataset):
             return None
         if id(obj) not in self._positions:
-            self._positions[id(obj)] = len(self.leaves)
-            self.leaves.append(self._leaf_of(obj))
+            self._positions[id(obj)] = len(self.datasets)
+            self.datasets.append(obj)
         return self._positions[id(obj)]
 
 
 class _ViewUnpickler(pickle.Unpickler):
-    def __init__(self, buffer: io.BytesIO, leaves: tuple[Any, ...], fetch: Callable[[Any], Any]) -> None:
+    def __init__(self, buffer: io.BytesIO, leaves: list[Any]) -> None:
         super().__init__(buffer)
         self._leaves = leaves
-        self._fetch = fetch
-        self._loaded: dict[int, Any] = {}
 
     def persistent_load(self, pid: Any) -> Any:
-        if pid not in self._loaded:
-            self._loaded[pid] = pickle.loads(self._fetch(self._leaves[pid]))
-        return self._loaded[pid]
+        return self._leaves[pid]

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from functools import partial
 
-import cloudpickle
 import pyarrow as pa
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import Observer
+from distributed_eg.runtime.pickling import dumps, load
 from distributed_eg.runtime.run import Root, Run
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.reference import Reference
@@ -130,7 +130,8 @@ class Driver:
 
     def reference_identity(self) -> dict[str, str | int] | str | None:
         """What the reference is recognised by; a dataset is read from a copy, for it may count what is read."""
-        return reference_identity(pickle.loads(cloudpickle.dumps(self.reference)))
+        what = "The reference dataset"
+        return reference_identity(load(partial(pickle.loads, dumps(self.reference, what)), what))
 
     def save_reference(self, path: str) -> None:
         """Write the run's statistics, and the root's autoencoder where it has one, for another run.

@@ -14,7 +14,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import cloudpickle
 import psutil
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins import EvaluationPlugin
@@ -22,13 +21,15 @@ from avalanche.training.plugins.clock import Clock
 from torch import nn
 
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.shipping import PICKLE_ERRORS
+from distributed_eg.runtime.pickling import Pickler, dump, load
 from distributed_eg.strategy.avalanche_types import Metric, Template
 from distributed_eg.strategy.metrics import COMPARING
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.recording import RecordingLogger, heard_by
 
-FreshMetrics: TypeAlias = Sequence[tuple[Metric, bytes | None]]
+PackedMetric: TypeAlias = tuple[str, bytes]
+"""A metric's name, for errors, and its pickle."""
+FreshMetrics: TypeAlias = Sequence[tuple[Metric, PackedMetric | None]]
 
 _MADE_ANEW: Mapping[type, Callable[[], object]] = {
     type(threading.Lock()): threading.Lock,
@@ -39,11 +40,13 @@ _MADE_ANEW: Mapping[type, Callable[[], object]] = {
 
 @dataclass(frozen=True)
 class PackedStrategy:
-    """A strategy as bytes: its class, its state, and the evaluator's metrics one by one (None: cannot travel)."""
+    """A strategy as bytes: its class and its state, and the evaluator's metrics one by one (None: cannot travel)."""
 
-    cls: bytes
+    parts: tuple[tuple[str, str], ...]
+    """What ``state`` holds behind the class, in its order: an attribute's name, a plugin's being "plugins", and what
+    errors call it."""
     state: bytes
-    metrics: tuple[bytes | None, ...]
+    metrics: tuple[PackedMetric | None, ...]
     collect_all: bool
     """The evaluator's own: whether it keeps every value."""
     heard: frozenset[str]
@@ -54,20 +57,26 @@ def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMe
     """Pickle ``strategy`` without its attributes in ``driver_only``; ``fresh_metrics`` are what ``pack_metrics`` gave.
 
     Raises:
-        InputError: a plugin, or an attribute of a subclass, cannot be pickled; it is named.
+        InputError: a plugin, the criterion, or an attribute of a subclass, cannot be pickled; it is named.
     """
     state = {name: value for name, value in vars(strategy).items() if name not in driver_only}
     # What an interrupted loop left behind is no part of the strategy, and may be whole datasets.
     state |= {name: None for name in ("experience", "adapted_dataset", "mbatch", "mb_output")}
     state |= {"dataloader": [], "current_eval_stream": [], "is_training": False}
-    try:
-        packed_class, packed_state = cloudpickle.dumps(type(strategy)), _dump(state, strategy)
-    except PICKLE_ERRORS as error:
-        raise InputError(_why_it_cannot_travel(strategy, state, error)) from error
+    own = f"of the strategy {type(strategy).__name__}"
+    parts = [("plugins", f"The plugin {type(plugin).__name__}", plugin) for plugin in state.pop("plugins")]
+    parts += [(name, f"The attribute {name!r} {own}", value) for name, value in state.items()]
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer, strategy)
+    # One pickle after the other, of one pickler: what several of them refer to stays one object.
+    dump(pickler, type(strategy), f"The class {own}")
+    for _, what, value in parts:
+        dump(pickler, value, what)
     known = {id(metric): packed for metric, packed in fresh_metrics}
     evaluator = strategy.evaluator
     metrics = tuple(known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in evaluator.metrics)
-    return PackedStrategy(packed_class, packed_state, metrics, evaluator.collect_all, heard_by(evaluator.loggers))
+    named = tuple((name, what) for name, what, _ in parts)
+    return PackedStrategy(named, buffer.getvalue(), metrics, evaluator.collect_all, heard_by(evaluator.loggers))
 
 
 def pack_metrics(strategy: Template) -> FreshMetrics:
@@ -76,35 +85,49 @@ def pack_metrics(strategy: Template) -> FreshMetrics:
     return [(metric, _pack_metric(strategy, metric)) for metric in strategy.evaluator.metrics]
 
 
-def _pack_metric(strategy: Template, metric: Metric) -> bytes | None:
+def _pack_metric(strategy: Template, metric: Metric) -> PackedMetric | None:
     if isinstance(metric, COMPARING):
         return None
+    buffer, what = io.BytesIO(), f"The metric {type(metric).__name__}"
     try:
-        return _dump(metric, strategy, _MetricPickler)
-    except PICKLE_ERRORS as error:
-        warnings.warn(f"The metric {metric} stays silent in training: it cannot travel ({error}).", stacklevel=4)
+        dump(_MetricPickler(buffer, strategy), metric, what)
+    except InputError as error:
+        warnings.warn(f"{what} stays silent in training. {error}", stacklevel=4)
         return None
+    return what, buffer.getvalue()
 
 
 def unpack(
     packed: PackedStrategy, model: nn.Module, expert: nn.Module, clock: Clock
 ) -> tuple[ExpertLoop, RecordingLogger]:
-    """The strategy on the worker, around ``model`` and the parameters of ``expert``, and what logs its training."""
-    # The class comes first: metrics and state may refer to the strategy itself.
-    cls = pickle.loads(packed.cls)
-    strategy: ExpertLoop = cls.__new__(cls)
-    own: dict[str, object] = {"model": model, "clock": clock, "logger": None, "strategy": strategy}
-    metrics = [None if metric is None else _Unpickler(metric, own, expert).load() for metric in packed.metrics]
+    """The strategy on the worker, around ``model`` and the parameters of ``expert``, and what logs its training.
+
+    Raises:
+        InputError: a part of it cannot be made here; it is named.
+    """
+    # There before anything is loaded: all of it may refer to them.
+    strategy, evaluator = ExpertLoop.__new__(ExpertLoop), EvaluationPlugin.__new__(EvaluationPlugin)
+    own = {"model": model, "clock": clock, "logger": None, "strategy": strategy, "evaluator": evaluator}
+    unpickler = _Unpickler(packed.state, own, expert)
+    strategy.__class__ = load(unpickler.load, "The class of the strategy")
+    metrics = [None if m is None else load(_Unpickler(m[1], own, expert).load, m[0]) for m in packed.metrics]
     recorder = RecordingLogger(metrics, packed.heard)
     travelled = [metric for metric in metrics if metric is not None]
-    own["evaluator"] = EvaluationPlugin(*travelled, loggers=[recorder], collect_all=packed.collect_all)
-    vars(strategy).update(_Unpickler(packed.state, own, expert).load())
+    evaluator.__init__(*travelled, loggers=[recorder], collect_all=packed.collect_all)  # type: ignore[misc]
+    state = vars(strategy)
+    state["plugins"] = plugins = []
+    for name, what in packed.parts:
+        value = load(unpickler.load, what)
+        if name == "plugins":
+            plugins.append(value)
+        else:
+            state[name] = value
     return strategy, recorder
 
 
-class _Pickler(cloudpickle.Pickler):
+class _Pickler(Pickler):
     def __init__(self, buffer: io.BytesIO, strategy: Template) -> None:
-        super().__init__(buffer, protocol=pickle.HIGHEST_PROTOCOL)
+        super().__init__(buffer)
         root = strategy.model.get_submodule("expert")
         self._names: dict[int, tuple[str, str]] = {
             id(strategy): ("own", "strategy"),
@@ -129,12 +152,6 @@ class _MetricPickler(_Pickler):
         return super().reducer_override(obj) if make is None else (make, ())
 
 
-def _dump(value: object, strategy: Template, pickler: type[_Pickler] = _Pickler) -> bytes:
-    buffer = io.BytesIO()
-    pickler(buffer, strategy).dump(value)
-    return buffer.getvalue()
-
-
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, own: Mapping[str, object], expert: nn.Module) -> None:
         super().__init__(io.BytesIO(data))
@@ -146,24 +163,3 @@ class _Unpickler(pickle.Unpickler):
         if kind == "own":
             return self._own[name]
         return self._expert.get_parameter(name) if kind == "parameter" else self._expert.get_submodule(name)
-
-
-def _why_it_cannot_travel(strategy: Template, state: Mapping[str, object], error: Exception) -> str:
-    """Which plugin, or which attribute of the strategy, stopped the pickle."""
-    plugins: Sequence[object] = strategy.plugins  # Avalanche's evaluator is one of them, but no BasePlugin
-    owners = [
-        (f"plugin {type(plugin).__name__}", getattr(plugin, "__dict__", {}), " Make it in before_training instead.")
-        for plugin in plugins
-        if plugin is not strategy.evaluator
-    ]
-    owners.append((f"strategy {type(strategy).__name__}", {n: v for n, v in state.items() if n != "plugins"}, ""))
-    for owner, attributes, remedy in owners:
-        for name, value in attributes.items():
-            try:
-                _dump(value, strategy)
-            except PICKLE_ERRORS:
-                return (
-                    f"The {owner} cannot travel to a worker: its attribute {name!r} ({type(value).__name__}) cannot be "
-                    f"pickled: {error}.{remedy}"
-                )
-    return f"The strategy {type(strategy).__name__} cannot travel to a worker: {error}."

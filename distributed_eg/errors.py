@@ -69,3 +69,12 @@ class DivergedError(ExpertGateError, ArithmeticError):
 
 class TaskFailedError(ExpertGateError, RuntimeError):
     """One or more tasks could not be trained; what other tasks committed is kept."""
+
+
+def told(error: BaseException) -> str:
+    """An exception's class and text, without a full stop, whatever its own methods do."""
+    try:
+        text = str(error).rstrip(". ")
+    except Exception as broken:
+        text = f"(its text cannot be had: {type(broken).__name__})"
+    return f"{type(error).__name__}: {text}"

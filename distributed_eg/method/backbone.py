@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distributed_eg import given
 from distributed_eg.errors import BackboneError
-from distributed_eg.method.head import input_dtype, told, trial
+from distributed_eg.method.head import in_a_line, input_dtype, trial
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")
@@ -219,7 +219,7 @@ def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) ->
     except (urllib.error.URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise BackboneError(
             f"The pretrained weights {member} of {arch} are neither in torchvision's cache nor to be downloaded "
-            f"({told(error)}); give weights= the path of a state dict, or pretrained_flag=False for random ones."
+            f"({in_a_line(error)}); give weights= the path of a state dict, or pretrained_flag=False for random ones."
         ) from error
     return network
 

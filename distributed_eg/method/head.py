@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from distributed_eg.errors import BackboneError
+from distributed_eg.errors import BackboneError, told
 
 _SIZES = ("out_features", "out_channels", "num_classes")
 """Attributes in which layers keep how many outputs they have."""
@@ -98,8 +98,8 @@ def trial(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[Tensor]:
         raise
     except Exception as error:  # of any type: it comes from a network that may be the user's own
         raise BackboneError(
-            f"The backbone {type(network).__name__} cannot take images of shape {shape} ({told(error)}); give shape= "
-            "as (channels, height, width) of the images after their transforms, and a network whose forward takes them "
+            f"The backbone {type(network).__name__} cannot take images of shape {shape} ({in_a_line(error)}); give "
+            "shape= as (channels, height, width) of the images after their transforms, and a network whose forward takes them "
             "alone."
         ) from error
     finally:
@@ -113,9 +113,9 @@ def input_dtype(network: nn.Module) -> torch.dtype:
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
-def told(error: BaseException) -> str:
-    """An error in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+def in_a_line(error: BaseException) -> str:
+    """An error's class and the first line of its text."""
+    return told(error).splitlines()[0]
 
 
 def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -136,7 +136,8 @@ def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
         expert = copy.deepcopy(network).train()
     except Exception as error:  # of any type: a user's module may hold anything
         raise BackboneError(
-            f"{kind} cannot be copied for each task's expert ({told(error)}); keep in it only what copy.deepcopy takes."
+            f"{kind} cannot be copied for each task's expert ({in_a_line(error)}); keep in it "
+            "only what copy.deepcopy takes."
         ) from error
     images = torch.zeros(2, *shape, device=next(network.parameters()).device, dtype=input_dtype(network))
     try:
@@ -145,7 +146,7 @@ def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
     except BackboneError:
         raise
     except Exception as error:  # of any type: it comes from the user's forward
-        raise BackboneError(f"{kind} fails in training mode on images alone ({told(error)}).") from error
+        raise BackboneError(f"{kind} fails in training mode on images alone ({in_a_line(error)}).") from error
 
 
 def _refuse_wrapper(network: nn.Module) -> None:

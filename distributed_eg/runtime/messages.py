@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -57,12 +57,18 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class ExperienceInfo:
-    """The plain attributes of an experience that the worker rebuilds it from."""
+    """The plain attributes of an experience that the worker makes it again from."""
 
     index: int
     stream: str
     attributes: dict[str, Any] = field(default_factory=dict)
     """``task_label``, ``task_labels``, ``classes_in_this_experience`` and their like, where the experience has them."""
+    stream_indices: Sequence[int] | None = None
+    """Of its stream's experiences, a range where that is no slice; None where the stream cannot tell how many."""
+    added: dict[str, bytes] = field(default_factory=dict)
+    """What else the user gave the experience, pickled."""
+    left: dict[str, str] = field(default_factory=dict)
+    """What else it has on the driver, and why a worker has not."""
 
 
 @dataclass(frozen=True)

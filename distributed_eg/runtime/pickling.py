@@ -5,22 +5,22 @@ from __future__ import annotations
 import io
 import pickle
 import pkgutil
+import sys
 from collections.abc import Callable
 from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import cloudpickle
 
-from distributed_eg.errors import ExpertGateError, InputError
+from distributed_eg.errors import ExpertGateError, InputError, told
 
 T = TypeVar("T")
 
 _SEND_MODULES = (
-    " What a module defines travels by its name, and every worker has to find the same module: install it on all nodes, "
-    "or send it along, by ray.init(runtime_env={'py_modules': [...]} or {'working_dir': ...}) before training, or by "
+    " What a module defines travels by name, so every worker must find the same module: install it on all nodes, or "
+    "send it along, by ray.init(runtime_env={'py_modules': [...]} or {'working_dir': ...}) before training, or by "
     "cloudpickle.register_pickle_by_value(module)."
 )
-
 _LONGEST = 10
 """So many steps to what cannot be pickled are named; of more, the first and the last."""
 
@@ -38,6 +38,8 @@ class Pickler(cloudpickle.Pickler):
         """How ``obj`` is pickled; NotImplemented: as any pickler does."""
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
             return pkgutil.resolve_name, (obj.__name__,)
+        if obj is sys.stdout or obj is sys.stderr:  # a notebook has its own, of classes that cloudpickle does not know
+            return getattr, (sys, "stdout" if obj is sys.stdout else "stderr")
         return super().reducer_override(obj)
 
 
@@ -51,8 +53,8 @@ def dump(pickler: Pickler, value: object, what: str) -> None:
         pickler.dump(value)
     except Exception as error:  # users' objects raise what they like
         raise InputError(
-            f"{what} cannot be sent to a worker: {_where(pickler, value, error)}{_told(error)} Make such a thing "
-            "on the worker, when it is first used (a plugin: in before_training), or leave it out in __getstate__."
+            f"{what} cannot be sent to a worker: {_where(pickler, value, error)}{told(error)}. Make such a thing on "
+            "the worker, when it is first used (a plugin: in before_training), or leave it out in __getstate__."
         ) from error
 
 
@@ -76,11 +78,7 @@ def load(read: Callable[[], T], what: str) -> T:
     except (Exception, SystemExit) as error:  # a module that is imported runs as a script, perhaps
         by_name = isinstance(error, ImportError | AttributeError)
         remedy = _SEND_MODULES if by_name else ""
-        raise InputError(f"{what} cannot be made on a worker from what was sent: {_told(error)}{remedy}") from error
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).rstrip('.')}."
+        raise InputError(f"{what} cannot be made on a worker from what was sent: {told(error)}.{remedy}") from error
 
 
 def _where(pickler: Pickler, value: object, error: Exception) -> str:

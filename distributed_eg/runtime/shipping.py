@@ -32,7 +32,8 @@ class Shipped:
     """
 
     view: Any
-    leaves: tuple[Any, ...]
+    leaves: tuple[tuple[str, Any], ...]
+    """Class and reference of each."""
     what: str
     """What errors call it."""
 
@@ -43,7 +44,10 @@ class Shipped:
             InputError: it cannot be made here, such as where a module is missing.
         """
         view = self.view if isinstance(self.view, bytes) else fetch(self.view)
-        leaves = [pickling.load(partial(pickle.loads, fetch(reference)), self.what) for reference in self.leaves]
+        leaves = [
+            pickling.load(partial(pickle.loads, fetch(reference)), f"{self.what} ({name})")
+            for name, reference in self.leaves
+        ]
         return pickling.load(_ViewUnpickler(io.BytesIO(view), leaves).load, self.what)
 
 
@@ -85,7 +89,7 @@ class Shipper:
         leaves = tuple(self._leaf(dataset, what) for dataset in pickler.datasets)
         data = buffer.getvalue()
         view = data if len(data) < _INLINE_BYTES else self._store.put(data)
-        return Shipped(view, tuple(leaf.reference for leaf in leaves), what), leaves
+        return Shipped(view, tuple((type(leaf.dataset).__name__, leaf.reference) for leaf in leaves), what), leaves
 
     def copy(self, value: Any, what: str) -> Any:
         """A copy of ``value`` as a worker would get it: whatever is read from it changes nothing of the caller's.

@@ -17,7 +17,7 @@ from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
-from distributed_eg.strategy.tasks.experiences import index_of, label_in_samples, task_labels_of
+from distributed_eg.strategy.tasks.task_labels import index_of, label_in_samples, task_labels_of
 
 
 def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:

@@ -21,21 +21,15 @@ from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import Observer
+from distributed_eg.runtime.pickling import dumps
 from distributed_eg.runtime.signals import terminable
 from distributed_eg.schedule.events import WorkerJoined
-from distributed_eg.strategy import checks
+from distributed_eg.strategy import checks, plugin_table
 from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate, torch_device
-from distributed_eg.strategy.plugin_table import (
-    as_list,
-    refuse_unfit,
-    warn_of_clock,
-    warn_of_memory,
-    warn_of_unmeasured,
-)
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
@@ -174,14 +168,14 @@ class ExpertGateStrategy(ExpertLoop):
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
             device=checks.driver_device(device),
-            plugins=as_list(plugins),
+            plugins=plugin_table.as_list(plugins),
             evaluator=evaluator,  # type: ignore[arg-type]  # Avalanche takes None, too
             eval_every=eval_every,
             **base_kwargs,
         )
-        refuse_unfit(self)
-        warn_of_memory(self)
-        warn_of_clock(self)
+        plugin_table.refuse_unfit(self)
+        plugin_table.warn_of_memory(self)
+        plugin_table.warn_of_clock(self)
         check_comparing(self.evaluator.metrics, eval_every)
         self.routed: RoutedBatch | None = None
         self._answers: deque[Answers] = deque()
@@ -241,18 +235,19 @@ class ExpertGateStrategy(ExpertLoop):
             RunInUseError: another driver works on that run.
         """
         driver = self._driver
-        refuse_unfit(self)
+        plugin_table.refuse_unfit(self)
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
             check_experiences(sized, driver.registry.newest, self.on_repeat)
+        dumps(kwargs, "An argument of train")  # before there is a run
         trainer = StrategyTrainer(pack(self, {"_driver"}, driver.fresh_metrics), kwargs)
         settings = {**self._settings(), "loader": plain_values(kwargs)}
         evaluations = evaluation_parts(eval_streams)
         measured = {"valid"} if evaluations is None else {part.info.stream for part in evaluations}
-        warn_of_unmeasured(self.plugins, self.eval_every, measured)
+        plugin_table.warn_of_unmeasured(self.plugins, self.eval_every, measured)
         with terminable(), driver.open(settings).working() as run:
-            shipped_trainer, _held = run.shipper.ship(trainer, "the strategy")
+            shipped_trainer, _held = run.shipper.ship(trainer, "An argument of train")
             intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
             try:
                 with driver.attaching():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -14,7 +15,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed_eg.errors import ExpertGateError, RunInUseError, WorkerLostError
+from distributed_eg.errors import ExpertGateError, InputError, RunInUseError, WorkerLostError
 from distributed_eg.masking import masked
 from distributed_eg.runtime.coordinator import Coordinator
 from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
@@ -36,17 +37,29 @@ _NAME_TIMEOUT_S = 20.0
 
 
 class TaskWorkerActor:
-    """A task worker on the device that Ray assigned."""
+    """A task worker on the device that Ray assigned; on the node ``home``, modules are looked for in ``path``, too."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
+    def __init__(self, setup: WorkerSetup, home: str, path: Sequence[str]) -> None:
+        if ray.get_runtime_context().get_node_id() == home:
+            _look_in(path)
         device = setup.device or _assigned_device()
         torch.set_num_threads(setup.cluster.threads)
         # Avalanche's import says so in every process, and nothing here needs one.
         warnings.filterwarnings("ignore", message="no QP solver found")
-        self._worker = TaskWorker(setup, fetch, torch.device(device))
+        self._refusal: InputError | None = None
+        try:
+            self._worker = TaskWorker(setup, fetch, torch.device(device))
+        except InputError as error:  # of what a constructor raises, Ray hands on the text only
+            self._refusal = error
 
     def where(self) -> tuple[str, int]:
-        """Node and process id."""
+        """Node and process id.
+
+        Raises:
+            InputError: no worker can be made from this setup here.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def run(self, request: Request) -> Done | Raised:
@@ -65,6 +78,13 @@ def fetch(reference: Any) -> memoryview:
         return memoryview(ray.get(reference))
     except ObjectLostError as error:
         raise WorkerLostError(f"The task's data lay on a node that is gone: {error}") from error
+
+
+def _look_in(path: Sequence[str]) -> None:
+    """Add the folders of ``path`` that are missing in ``sys.path``, each behind the one that it follows there."""
+    for i, folder in enumerate(path):
+        if folder not in sys.path:
+            sys.path.insert(sys.path.index(path[i - 1]) + 1 if i else 0, folder)
 
 
 def _assigned_device() -> str:

@@ -7,6 +7,8 @@ that is lost is replaced by a new one, wherever there is room then.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -255,7 +257,7 @@ class RayEngine:
             scheduling_strategy="SPREAD",
             namespace=NAMESPACE,
             runtime_env=environment,
-        ).remote(self._setup)
+        ).remote(self._setup, ray.get_runtime_context().get_node_id(), [os.path.abspath(folder) for folder in sys.path])
         self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
 
     def _started(self, worker: _Worker) -> list[Report]:
@@ -265,6 +267,8 @@ class RayEngine:
         except RayError as error:
             self._num_failed_starts += 1
             if not self._pool:
+                if isinstance(cause := getattr(error, "cause", None), InputError):
+                    raise cause from None
                 if self._num_failed_starts > _MAX_FAILED_STARTS or getattr(error, "actor_init_failed", False):
                     raise WorkerLostError(f"The worker {worker.name} did not come up: {error}") from error
                 self._spawn()

@@ -10,7 +10,7 @@ from types import FrameType, FunctionType
 
 import torch
 
-from distributed_eg.errors import DamagedFileError, HookError, StorageError, WorkerLostError
+from distributed_eg.errors import DamagedFileError, HookError, StorageError, WorkerLostError, told
 from distributed_eg.runtime.worker.contract import item_of
 from distributed_eg.schedule.events import Cause
 
@@ -60,15 +60,6 @@ def users_error(error: BaseException, doing: str, *, place: str = "", note: str 
     """What a user's code raised while ``doing``, as an error of ours: where, its class and text, and its traceback."""
     lines = "".join(traceback.format_exception(error))
     return HookError(f"{doing} failed{place or _dispatch(error)[0]}: {told(error)}\n{note}{lines}")
-
-
-def told(error: BaseException) -> str:
-    """An exception's class and text, whatever its own methods do."""
-    try:
-        text = str(error)
-    except Exception as broken:
-        text = f"(its text cannot be had: {type(broken).__name__})"
-    return f"{type(error).__name__}: {text}"
 
 
 def _dispatch(error: BaseException) -> tuple[str, bool]:

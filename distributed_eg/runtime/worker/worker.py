@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from distributed_eg.errors import ExpertGateError
+from distributed_eg.errors import ExpertGateError, told
 from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import Done, Raised, Request, Result, WorkerSetup
 from distributed_eg.runtime.worker import stages
-from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours, told
+from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.types import derive_seed
 

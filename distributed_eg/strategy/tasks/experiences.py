@@ -1,142 +1,19 @@
-"""Reading experiences: which task one is, what travels for it, and how a worker builds it again."""
+"""From experiences to tasks: the task of each, or the tasks where it has several labels, and their data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
 
 import torch
-from avalanche.benchmarks import DatasetExperience
-from avalanche.benchmarks.scenarios import CLStream
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExperienceInfo, TaskData
-from distributed_eg.runtime.worker.causes import ends_process
 from distributed_eg.strategy.avalanche_types import LabelledDataset
+from distributed_eg.strategy.tasks.task_labels import index_of, read, task_labels_of, whole
+from distributed_eg.strategy.tasks.worker_experience import info_of
 from distributed_eg.types import TaskId, derive_seed
-
-_ATTRIBUTES = "task_label task_labels classes_in_this_experience previous_classes classes_seen_so_far future_classes"
-_ABSENT = object()
-
-
-class WorkerExperience(DatasetExperience[LabelledDataset]):
-    """An experience as a worker knows it: its data and its plain attributes, without the benchmark behind it."""
-
-    @property
-    def benchmark(self) -> NoReturn:
-        """Not there: raises."""
-        raise InputError(
-            "experience.benchmark is not available where an expert trains: a worker holds this task's data only. "
-            "Give your plugin what it needs when you make it."
-        )
-
-
-def read(holder: object, name: str, default: object = None) -> Any:
-    """An attribute; ``default`` where there is none, or where asking for it raises, as properties of Avalanche's do:
-    for several task labels, for what was not set, for what a mode of the experience masks."""
-    try:
-        with getattr(holder, "no_attribute_masking", nullcontext)():
-            return getattr(holder, name)
-    except Exception:
-        return default
-
-
-def index_of(experience: CLExperience) -> int:
-    """The experience's place in its stream.
-
-    Raises:
-        InputError: it has none.
-    """
-    index = read(experience, "current_experience")
-    if index is None:
-        raise InputError("An experience has no index: set its current_experience.")
-    return int(index)
-
-
-def task_labels_of(experience: CLExperience) -> list[int] | None:
-    """The experience's task labels, ascending; None where there are none.
-
-    They may stand in the experience, in its data, and in the experience that it was cut from. Avalanche puts the label
-    0 where there is none: the same single label in every experience of a stream counts as none, and so does a 0 that
-    only data carry, unless the stream is known to have others.
-
-    Raises:
-        InputError: two of these places have labels that differ, or a label is no integer.
-    """
-    declared, carried = _declared(experience), _carried(experience)
-    found: dict[str, list[int]] = {}
-    stream = read(experience, "_origin_stream")
-    stream = getattr(stream, "value", stream)
-    made = getattr(stream, "_exps", None)
-    if declared and not _is_constant(declared, _told(stream) if made is None else [_declared(e) for e in made]):
-        found["it declares"] = declared
-    if carried and carried != declared:
-        everywhere = [_carried(e) for e in made or ()]
-        constant = _is_constant(carried, everywhere)
-        is_default = carried == [0] and (constant or len(everywhere) < 2)
-        if not is_default and (found or not constant):
-            found["its data carry"] = carried
-    of_origin = task_labels_of(origin) if (origin := read(experience, "origin_experience")) is not None else None
-    if of_origin and not (found and {*next(iter(found.values()))} <= {*of_origin}):
-        found["it was cut from an experience of"] = of_origin
-    (_, labels), *others = found.items() or [("", None)]
-    if any(other != labels for _, other in others):
-        told = " but ".join(f"{where} {values}" for where, values in found.items())
-        raise InputError(f"Experience {index_of(experience)} contradicts itself on its task labels: {told}.")
-    return labels
-
-
-def _declared(experience: CLExperience) -> list[int] | None:
-    labels, label = read(experience, "task_labels"), read(experience, "task_label")
-    if labels is None and label is not None:
-        labels = [label]
-    return None if labels is None else sorted({_whole(value, "task label") for value in labels})
-
-
-def _carried(experience: CLExperience) -> list[int] | None:
-    labels = read(read(experience, "dataset"), "targets_task_labels")
-    return None if labels is None else sorted({_whole(value, "task label") for value in labels.uniques})
-
-
-def _told(stream: object) -> list[list[int]]:
-    """The labels that older scenarios tell without making the experiences."""
-    definitions = read(read(stream, "benchmark"), "stream_definitions") or {}
-    labels = getattr(definitions.get(getattr(stream, "name", None)), "exps_task_labels", ())
-    return [[int(label) for label in of_one] for of_one in labels]
-
-
-def _is_constant(labels: list[int], everywhere: Sequence[list[int] | None]) -> bool:
-    return len(everywhere) > 1 and all(other is not None and {*other} == {*labels} for other in everywhere)
-
-
-def label_in_samples(dataset: LabelledDataset) -> int | None:
-    """The task label that stands third in the first and the last sample of a dataset that has no labels otherwise; None
-    where there is none, or 0. They are read: hand in a copy."""
-    labels = []
-    with reproducible(seed=0, threads=1):
-        for i in (0, len(dataset) - 1) if read(dataset, "targets_task_labels") is None else ():
-            try:
-                labels.append(_whole(dataset[i][2], "task label"))  # type: ignore[index]  # or it raises
-            except BaseException as error:  # no third, or something else; the stage that reads it reports it
-                if ends_process(error):
-                    raise
-                return None
-    return labels[0] if labels and labels[0] == labels[1] and labels[0] else None
-
-
-def _whole(value: Any, what: str) -> int:
-    """``value``, which may be of any type that holds an integer, as one."""
-    try:
-        number = int(value)
-        if bool(value == number):
-            return number
-    except Exception as error:
-        raise InputError(f"{value!r:.80} ({type(value).__name__}) is no {what}: it must be an integer.") from error
-    raise InputError(f"{value!r:.80} ({type(value).__name__}) is no {what}: it must be an integer.")
 
 
 @dataclass(frozen=True)
@@ -168,7 +45,7 @@ def parts_of(experience: CLExperience) -> list[Part]:
     for label in labels:
         mine = with_label(dataset, label, f"Experience {info.index}")
         attributes = {**info.attributes, "task_label": label, "task_labels": [label]}
-        classes = tuple(sorted({_whole(target, "class id") for target in mine.targets.uniques}))
+        classes = tuple(sorted({whole(target, "class id") for target in mine.targets.uniques}))
         parts.append(Part(label, mine, classes, replace(info, attributes=attributes)))
     return parts
 
@@ -190,9 +67,9 @@ def _classes(experience: CLExperience, dataset: LabelledDataset) -> tuple[int, .
     targets = read(read(dataset, "targets"), "uniques")
     if targets is None:
         raise InputError(f"The dataset of experience {index} has no targets; wrap it by as_classification_dataset.")
-    found = {_whole(target, "class id") for target in targets}
+    found = {whole(target, "class id") for target in targets}
     told = read(experience, "classes_in_this_experience")
-    declared = found if told is None or len(told) == 0 else {_whole(c, "class id") for c in told}
+    declared = found if told is None or len(told) == 0 else {whole(c, "class id") for c in told}
     strangers = sorted(found - declared)
     if strangers:
         raise InputError(
@@ -202,15 +79,6 @@ def _classes(experience: CLExperience, dataset: LabelledDataset) -> tuple[int, .
     if min(declared) < 0:
         raise InputError(f"Experience {index} has the negative class id {min(declared)}; class ids start at 0.")
     return tuple(sorted(declared))
-
-
-def info_of(experience: CLExperience) -> ExperienceInfo:
-    """What a worker needs to build the experience again."""
-    values = {name: read(experience, name, _ABSENT) for name in _ATTRIBUTES.split()}
-    attributes = {name: value for name, value in values.items() if value is not _ABSENT}
-    if read(experience, "_origin_stream") is None:
-        raise InputError("The experience belongs to no stream: set its origin_stream, such as CLStream('train', ()).")
-    return ExperienceInfo(index_of(experience), experience.origin_stream.name, attributes)
 
 
 def validation_of(experience: CLExperience, valid_stream: Iterable[CLExperience] | None) -> LabelledDataset | None:
@@ -270,12 +138,3 @@ def task_data(
     measured = [Part(part.label, valid, part.classes, replace(part.info, stream="valid"))]
     kept = tuple((other.info, other.dataset) for other in (measured if evaluations is None else evaluations))
     return TaskData(gate_train=train.eval(), gate_valid=valid.eval(), train=train, evaluations=kept)
-
-
-def rebuild(info: ExperienceInfo, dataset: LabelledDataset) -> WorkerExperience:
-    """The experience on the worker, around ``dataset``."""
-    experience = WorkerExperience(dataset=dataset, current_experience=info.index)
-    experience.origin_stream = CLStream(info.stream, [experience], set_stream_info=False)
-    for name, value in info.attributes.items():
-        setattr(experience, name, value)
-    return experience

@@ -18,16 +18,9 @@ from distributed_eg.runtime.run import Run
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.tasks.data_identity import identity_of
-from distributed_eg.strategy.tasks.experiences import (
-    Part,
-    WorkerExperience,
-    label_in_samples,
-    parts_of,
-    rebuild,
-    task_data,
-    validation_of,
-    with_label,
-)
+from distributed_eg.strategy.tasks.experiences import Part, parts_of, task_data, validation_of, with_label
+from distributed_eg.strategy.tasks.task_labels import label_in_samples
+from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
 
@@ -136,7 +129,7 @@ class Intake:
         seed, fraction = self.method.seed, self.method.validation_fraction
         data = task_data(part, task, seed, fraction, valid=valid, evaluations=measured)
         shipped, leaves = self.run.shipper.ship(data, what)
-        self._held[task] = (experience, [rebuild(info, dataset) for info, dataset in data.evaluations], leaves)
+        self._held[task] = (experience, [WorkerExperience(info, dataset) for info, dataset in data.evaluations], leaves)
         del held
         if valid is not None:
             identity["validation"] = identity_of(self._copy(valid))

@@ -19,7 +19,7 @@ from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
 from distributed_eg.runtime.worker.causes import ends_process, is_ours, users_error
 from distributed_eg.store.layout import task_file
 from distributed_eg.strategy.avalanche_types import Plugin, Template
-from distributed_eg.strategy.tasks.experiences import rebuild
+from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.checkpoint import Checkpointing
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.packing import PackedStrategy, unpack
@@ -66,8 +66,8 @@ class StrategyTrainer:
                 warnings.filterwarnings("ignore", message="Seems like `optimizer.step")
                 strategy.train_expert(
                     model,
-                    rebuild(job.experience, job.data.train),
-                    [rebuild(info, dataset) for info, dataset in job.data.evaluations],
+                    WorkerExperience(job.experience, job.data.train),
+                    [WorkerExperience(info, dataset) for info, dataset in job.data.evaluations],
                     self.loader_args,
                 )
         except BaseException as error:

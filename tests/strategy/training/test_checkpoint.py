@@ -37,7 +37,8 @@ from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExpertJob
 from distributed_eg.store.checkpoints import Checkpoint, CheckpointSlot, encode
 from distributed_eg.store.storage import Storage
-from distributed_eg.strategy.tasks.experiences import info_of, parts_of, task_data
+from distributed_eg.strategy.tasks.experiences import parts_of, task_data
+from distributed_eg.strategy.tasks.worker_experience import info_of
 from distributed_eg.strategy.training import checkpoint
 from tests.helpers import SHAPE, task_images, tiny_benchmark, tiny_net, tiny_strategy
 from tests.inside import trainer_of

@@ -114,6 +114,13 @@ class ClusterConfig:
         if self.resume and self.storage is None:
             raise InputError("ClusterConfig(resume=True) needs storage=…, the run directory to go on with.")
 
+    @property
+    def way_on(self) -> str:
+        """What is left to a run that an error ends, as a clause."""
+        if self.storage is not None:
+            return "the run can be resumed"
+        return "without ClusterConfig(storage=…) what is sealed lives as long as the model, and no longer"
+
     def __repr__(self) -> str:
         """As any dataclass's, but without what a URI keeps secret."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -83,7 +83,8 @@ def _open(source: str, name: str, data: str | None, *, train: bool, download: bo
             if download:
                 raise InputError(f"{name} could not download {source} into --data {data}: {error}") from error
     raise InputError(
-        f"{name} needs torchvision's {source}, and {where}: pass --data DIR, and --download to fetch it into DIR."
+        f"{name} needs torchvision's {source}, and {where}: pass --data DIR, and --download to fetch it into DIR "
+        "(in Python: data= and download=True)."
     )
 
 

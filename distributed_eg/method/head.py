@@ -99,8 +99,8 @@ def trial(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[Tensor]:
     except Exception as error:  # of any type: it comes from a network that may be the user's own
         raise BackboneError(
             f"The backbone {type(network).__name__} cannot take images of shape {shape} ({in_a_line(error)}); give "
-            "shape= as (channels, height, width) of the images after their transforms, and a network whose forward takes "
-            "them alone."
+            "shape= as (channels, height, width) of the images after their transforms, and a network whose forward "
+            "takes them alone."
         ) from error
     finally:
         for module, mode in modes.items():

@@ -83,9 +83,12 @@ def fit_sgd(
             logits = F.linear(hidden, decoder_weight, decoder_bias)
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
             if not math.isfinite(loss.item()):
+                advice = "try a smaller ae_lr" + (" or ae_optimizer='adam'" if config.optimizer != "adam" else "")
+                if epoch == first == 0:
+                    advice = "no step was taken yet, so look for extreme values in the images, or in the backbone"
                 raise DivergedError(
                     f"The autoencoder's loss is {loss.item()} in epoch {epoch}, batch {first // config.batch_size}, at "
-                    f"ae_lr={config.lr} ({config.optimizer}); try a smaller ae_lr or ae_optimizer='adam'."
+                    f"ae_lr={config.lr} ({config.optimizer}); {advice}."
                 )
             optimizer.zero_grad()
             torch.autograd.backward(loss)

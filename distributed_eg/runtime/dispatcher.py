@@ -51,6 +51,8 @@ class Dispatcher:
     trainer: Shipped
     """Trains experts on workers."""
     observer: Observer | None
+    way_on: str
+    """What is left to the run where tasks fail, as a clause."""
 
     def __post_init__(self) -> None:
         self._tasks: dict[TaskId, TaskInput] = {}
@@ -241,7 +243,7 @@ class Dispatcher:
             rest = "the run stopped there, and what had not begun was not begun"
         if machine.unfinished:
             rest += f"; unfinished: {', '.join(map(str, machine.unfinished))}"
-        lines = [f"{len(self._failures)} task(s) were not trained; {rest}. The run can be resumed."]
+        lines = [f"{len(self._failures)} task(s) were not trained; {rest}. {self.way_on[0].upper()}{self.way_on[1:]}."]
         for task, failure in sorted(self._failures.items()):
             label = self._tasks[task].record.label
             lines.append(f"task {task} (label {label}) failed in {failure.stage.value}: {failure.message}")

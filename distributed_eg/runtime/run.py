@@ -223,7 +223,10 @@ class Run:
             first_attempt=self._first_attempt,
             stop_on_failure=self._setup.cluster.on_task_failure == "stop",
         )
-        dispatcher = Dispatcher(self._engine, self.storage, self._recorded, registry, source, trainer, self._observer)
+        way_on = self._setup.cluster.way_on
+        dispatcher = Dispatcher(
+            self._engine, self.storage, self._recorded, registry, source, trainer, self._observer, way_on
+        )
         try:
             dispatcher.run(machine)
         except Exception:

@@ -60,6 +60,7 @@ class Driver:
         self.run: Run | None = None
         """None before there is one."""
         self._model: ExpertGate = strategy.model
+        self._told: tuple[int, ...] = ()
         self._close: weakref.finalize[[], Driver] | None = None
         self._reader: ExpertReader | None = None
         self._layers: list[tuple[str, type, list[bool]]] = []
@@ -152,11 +153,13 @@ class Driver:
         if not sizes:
             return
         smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
-        if sizes[largest] > _UNEQUAL * sizes[smallest]:
+        extremes = (smallest, sizes[smallest], largest, sizes[largest])
+        if sizes[largest] > _UNEQUAL * sizes[smallest] and extremes != self._told:
+            self._told = extremes  # once, however many calls bring the tasks
             logger.warning(
                 "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
                 "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
-                *(smallest, sizes[smallest], largest, sizes[largest]),
+                *extremes,
             )
 
     def _adopt_reference(self, run: Run) -> None:

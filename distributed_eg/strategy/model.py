@@ -212,8 +212,11 @@ class ExpertGate(nn.Module):
         try:
             model.expert.load_state_dict(load_tensors(storage, Artifact(**backbone["root"])))
         except RuntimeError as error:
+            which = "The network given"
+            if arch is None:
+                which = f"The {model.arch} of the torchvision that is installed"
             raise BackboneError(
-                f"The network given for {storage.shown!r} is another one than the run was trained with."
+                f"{which} for {storage.shown!r} is another one than the run was trained with."
             ) from error
         registry = Registry.read(storage)
         if not registry.manifests:

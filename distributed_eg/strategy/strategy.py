@@ -275,7 +275,8 @@ class ExpertGateStrategy(ExpertLoop):
         if driver.run is None or not driver.registry.manifests:
             return self._eval(exp_list, **kwargs)
         if driver.is_closed:
-            raise InputError("This strategy was closed; predict with strategy.model, or ExpertGate.load(run_dir).")
+            kept = "" if driver.cluster.storage is None else ", or ExpertGate.load(run_dir)"
+            raise InputError(f"This strategy was closed; predict with strategy.model{kept}.")
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)

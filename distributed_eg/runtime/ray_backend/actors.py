@@ -130,11 +130,13 @@ class RemoteCoordinator:
     Args:
         handle: the actor.
         require_ray: raises where Ray is not there any more; asked before every call.
+        way_on: what is left to the run where the coordinator is gone, as a clause.
     """
 
-    def __init__(self, handle: Any, require_ray: Callable[[], None]) -> None:
+    def __init__(self, handle: Any, require_ray: Callable[[], None], way_on: str) -> None:
         self._handle = handle
         self._require_ray = require_ray
+        self._way_on = way_on
 
     def registry(self) -> Registry:
         """Everything recorded so far."""
@@ -159,10 +161,10 @@ class RemoteCoordinator:
         except GetTimeoutError as error:
             raise WorkerLostError(
                 f"The coordinator has not answered for {_TIMEOUT_S:.0f} s; everything that it recorded is sealed, and "
-                "the run can be resumed."
+                f"{self._way_on}."
             ) from error
         except RayError as error:
-            raise WorkerLostError(f"The coordinator is gone, and the run can be resumed: {error}") from error
+            raise WorkerLostError(f"The coordinator is gone, and {self._way_on}: {error}") from error
 
 
 def wait_until_gone(handles: list[Any], deadline_s: float) -> None:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "distributed-eg"
 _RETRY_S = 0.5
+_TOKEN_ADVICE = "Start every node, and this process, with RAY_AUTH_MODE=token; cluster/README.md says how."
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def attach_or_start(config: ClusterConfig, cpus_per_worker: float) -> bool:
         _init(address="local", num_cpus=num_cpus, include_dashboard=False)
     finally:
         _hide_token()
-    _warn_if_open("RAY_AUTH_MODE makes this")
+    _warn_if_open("RAY_AUTH_MODE makes this", "Leave it out, or set it to token.")
     return True
 
 
@@ -219,19 +220,21 @@ def refuse_infeasible(there: list[Node], cpus: float, gpus: float) -> None:
     if any(node.room_for(cpus, gpus) for node in there if not node.leaving):
         return
     offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
+    lower = " or ".join(name for name, demand in {"cpus_per_worker": cpus, "gpus_per_worker": gpus}.items() if demand)
     raise ResourceError(
-        f"A worker asks for {cpus:g} CPU and {gpus:g} GPU, which no node has ({offers}); lower cpus_per_worker or "
-        "gpus_per_worker, or add a node. Where another strategy of this process started Ray, close that one first: Ray "
+        f"A worker asks for {cpus:g} CPU and {gpus:g} GPU, which no node has ({offers}); lower {lower}, "
+        "or add a node. Where another strategy of this process started Ray, close that one first: Ray "
         "is started as large as the first one needs it."
     )
 
 
-def _warn_if_open(what: str) -> None:
+def _warn_if_open(what: str, advice: str = _TOKEN_ADVICE) -> None:
     if get_authentication_mode() != AuthenticationMode.TOKEN:
         logger.warning(
             "%s a Ray cluster that asks for no token: whoever reaches its ports can run any code on it and read its "
-            "data. Start every node, and this process, with RAY_AUTH_MODE=token; cluster/README.md says how.",
+            "data. %s",
             what,
+            advice,
         )
 
 

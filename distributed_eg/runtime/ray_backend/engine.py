@@ -125,7 +125,7 @@ class RayEngine:
         self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
         refuse_infeasible(there, self._cpus, self._gpus)
         self._coordinator = start_coordinator(self._storage_uri, self._run_id, self._generation)
-        self.coordinator = RemoteCoordinator(self._coordinator, self._require_ray)
+        self.coordinator = RemoteCoordinator(self._coordinator, self._require_ray, self._config.way_on)
 
     def begin(self) -> bool:
         """Work from now on, where all is there still: Ray may have been shut down, or others may have needed room."""
@@ -159,7 +159,7 @@ class RayEngine:
         references: dict[Any, _Worker] = {worker.ready: worker for worker in self._starting.values()}
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:
-            raise WorkerLostError("No worker is left, and none is coming up; the run can be resumed.")
+            raise WorkerLostError(f"No worker is left, and none is coming up; {self._config.way_on}.")
         done, _ = ray.wait(list(references), num_returns=1, timeout=_POLL_S)
         more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
         reports: deque[Report] = deque()
@@ -339,7 +339,7 @@ class RayEngine:
         if waited_s > self._config.startup_timeout_s:
             raise ResourceError(
                 f"No worker came up within {waited_s:.0f} s: {why}. {wait}, lower the demand, or raise "
-                "startup_timeout_s; the run can be resumed."
+                f"startup_timeout_s; {self._config.way_on}."
             )
         if now - self._said_at > _SAY_EVERY_S:
             self._said_at = now

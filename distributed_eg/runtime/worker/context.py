@@ -59,16 +59,20 @@ class WorkerContext:
                 raise StoppedError("The driver was told to stop.")
             yield batch[0], batch[1]
 
-    def features(self, images: Tensor, what: str) -> Tensor:
-        """Features (n, num_features) of checked ``images``; ``what`` names them in errors.
+    def features(self, images: Tensor, what: str, *, is_trained: bool = False) -> Tensor:
+        """Features (n, num_features) of checked ``images``; ``what`` names them in errors, ``is_trained`` says that it
+        is too late for another model.
 
         Raises:
             InputError: images of another shape than the backbone was built for, or NaN or infinite pixels.
         """
-        if tuple(images.shape[1:]) != self.setup.shape:
+        found, wanted = tuple(images.shape[1:]), self.setup.shape
+        if found != wanted:
+            needs = ["resizes them"] if found[1:] != wanted[1:] else []
+            needs = [f"gives them {wanted[0]} channels", *needs] if found[:1] != wanted[:1] else needs
             raise InputError(
-                f"The images of {what} have shape {tuple(images.shape[1:])}, but the model was built for "
-                f"shape={self.setup.shape}; add a resizing transform, or build ExpertGate(shape=…) for them."
+                f"The images of {what} have shape {found}, but the model was built for shape={wanted}; add a transform "
+                f"that {' and '.join(needs)}{'' if is_trained else ', or build ExpertGate(shape=…) for them'}."
             )
         if not bool(torch.isfinite(images).all()):
             raise InputError(f"The images of {what} hold NaN or infinite pixels; check its transforms.")

@@ -201,7 +201,7 @@ def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messa
         ):
             samples = [reader[i] for i in range(first, last)]
         images, targets = reader.collate(samples)[:2]
-        features = context.features(images, "the evaluated experience")
+        features = context.features(images, "the evaluated experience", is_trained=True)
         images = images.to(context.device)
         routing = gate.route(features)
 

@@ -113,9 +113,10 @@ def one_number(loss: object) -> Tensor:
     Raises:
         InputError: it is not one number.
     """
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"The criterion returned {found}; it must return one number: give it a reduction.")
+    if not isinstance(loss, Tensor):
+        raise InputError(f"The criterion returned a {type(loss).__name__}; it must return a tensor of one number.")
+    if loss.numel() != 1:
+        raise InputError(f"The criterion returned {tuple(loss.shape)}; it must return one number: give it a reduction.")
     return loss
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from avalanche.training.plugins.clock import Clock
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distributed_eg.errors import DivergedError, HookError, InputError, StoppedError
@@ -26,6 +26,10 @@ from distributed_eg.strategy.training.packing import PackedStrategy, unpack
 from distributed_eg.strategy.training.single_expert import SingleExpert
 
 logger = logging.getLogger(__name__)
+
+_LOWER = "lower the learning rate, clip the gradients, or see whether the criterion's gradient is finite itself"
+_TAME = 1e6
+"""Above, outputs show a training that runs away, even if they are finite still."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class StrategyTrainer:
             counting.remove()
             if distillation is not None:
                 distillation.detach()
-        _require_finite(job)
+        _require_finite(job, is_trained=rules.num_steps > 0)
         if not rules.num_steps and _fingerprint(job.network) == before:
             _refuse_unlearnt(job, strategy, self.loader_args)
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
@@ -137,8 +141,23 @@ class _ExpertRules(Plugin):
             raise DivergedError(
                 f"The loss of task {self._job.task} (label {self._job.label}) is {strategy.loss.sum().item()} in epoch "
                 f"{strategy.clock.train_exp_epochs}, batch {strategy.clock.train_epoch_iterations}, at learning rate "
-                f"{rates[0] if len(rates) == 1 else rates}; lower the learning rate, or clip the gradients."
+                f"{rates[0] if len(rates) == 1 else rates}; {self._advice(strategy)}."
             )
+
+    def _advice(self, strategy: Template) -> str:
+        """What to do about a loss that is not finite, by what it was made of."""
+        outputs, classes = strategy.mb_output, list(self._job.classes)
+        known = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > max(classes)
+        if known and bool((outputs[:, classes].abs() < _TAME).all()):
+            makers = [f"the criterion {getattr(strategy._criterion, '__name__', type(strategy._criterion).__name__)}"]
+            makers += ["the distillation term"] if self._distillation is not None else []
+            return (
+                f"the network's outputs are finite, so it comes from {' or '.join(makers)}, or from what changes the "
+                "loss after it: look there, whatever the learning rate"
+            )
+        if strategy.clock.train_exp_iterations == 0:
+            return "no step was taken yet: look for extreme values in the weights that it starts from, or in the images"
+        return _LOWER
 
 
 def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Distillation | None:
@@ -182,10 +201,10 @@ def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[st
     )
 
 
-def _require_finite(job: ExpertJob) -> None:
+def _require_finite(job: ExpertJob, *, is_trained: bool) -> None:
     for name, tensor in job.network.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(
-                f"The weights {name!r} of task {job.task} (label {job.label}) are not finite after training; lower the "
-                "learning rate, or clip the gradients."
-            )
+            says = f"The weights {name!r} of task {job.task} (label {job.label}) are not finite"
+            if not is_trained:
+                raise DivergedError(f"{says}, and it took no step: look at the weights that it starts from.")
+            raise DivergedError(f"{says} after training; {_LOWER}.")

@@ -57,7 +57,7 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class ExperienceInfo:
-    """The plain attributes of an experience that the worker makes it again from."""
+    """What a worker makes an experience again from, beside its data."""
 
     index: int
     stream: str

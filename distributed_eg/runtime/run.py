@@ -140,7 +140,7 @@ class Run:
             undo.callback(engine.close)
             engine.start()
             storage.write(path, weights)
-            shipped, _ = engine.shipper.ship(root.network, "the backbone")
+            shipped, _ = engine.shipper.ship(root.network, "The backbone")
             cut = (root.head, root.feature_layer, root.shape)
             setup = WorkerSetup(uri, run_id, lease.generation, shipped, *cut, method, cluster, device)
             sealed_root = (root.network, wanted.artifacts[0])
@@ -177,7 +177,7 @@ class Run:
                 # As it is sealed, whatever has become of the caller's since.
                 network = copy.deepcopy(self._root)
                 network.load_state_dict(load_tensors(self.storage, self._root_artifact))
-                self._setup = replace(self._setup, root=self.shipper.ship(network, "the backbone")[0])
+                self._setup = replace(self._setup, root=self.shipper.ship(network, "The backbone")[0])
             except BaseException:
                 self._engine.close()
                 raise

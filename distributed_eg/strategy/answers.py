@@ -56,13 +56,13 @@ def ask_workers(
     shards = max(1, -(-max(1, len(run.workers())) // max(1, len(asked))))
     highest = max(max(manifest.classes) for manifest in registry.newest.values())
     gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
-    gate_and_experts, _ = run.shipper.ship(gate, "the gate")
+    gate_and_experts, _ = run.shipper.ship(gate, "The gate")
     plans: list[list[EvaluateRequest]] = []
     held = []  # the leaves that were shipped, until they are read
     for experience, dataset in asked:
         if len(dataset) == 0:
             raise InputError(f"Experience {experience.current_experience} has no samples to evaluate; leave it out.")
-        shipped, leaves = run.shipper.ship(dataset, "the evaluation dataset")
+        shipped, leaves = run.shipper.ship(dataset, "The evaluation dataset")
         held.append(leaves)
         right = right_tasks(experience, dataset, registry)
         plans.append(_plan(shipped, right, batch_size, shards, gate_and_experts))

@@ -60,7 +60,8 @@ class Driver:
         self.run: Run | None = None
         """None before there is one."""
         self._model: ExpertGate = strategy.model
-        self._told: tuple[int, ...] = ()
+        self._told_sizes: tuple[int, ...] = ()
+        """What was last said of unequal tasks."""
         self._close: weakref.finalize[[], Driver] | None = None
         self._reader: ExpertReader | None = None
         self._layers: list[tuple[str, type, list[bool]]] = []
@@ -154,8 +155,8 @@ class Driver:
             return
         smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
         extremes = (smallest, sizes[smallest], largest, sizes[largest])
-        if sizes[largest] > _UNEQUAL * sizes[smallest] and extremes != self._told:
-            self._told = extremes  # once, however many calls bring the tasks
+        if sizes[largest] > _UNEQUAL * sizes[smallest] and extremes != self._told_sizes:
+            self._told_sizes = extremes  # once, however many calls bring the tasks
             logger.warning(
                 "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
                 "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
@@ -169,7 +170,7 @@ class Driver:
             run.adopt_reference(Reference.load(reference, self.method.autoencoder.kind).store(run.storage))
         elif reference is not None:
             dataset = reference.eval() if hasattr(reference, "eval") else reference
-            shipped, _held = run.shipper.ship(dataset, "the reference dataset")
+            shipped, _held = run.shipper.ship(dataset, "The reference dataset")
             run.fit_reference(shipped)
 
     def _attach(self) -> None:

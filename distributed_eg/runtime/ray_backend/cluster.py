@@ -183,7 +183,7 @@ def _refuse_other_cluster(config: ClusterConfig) -> None:
     here = ray.get_runtime_context().gcs_address
     if config.address not in (None, "auto", "local") and _endpoint(config.address) != _endpoint(here):
         raise InputError(
-            f"ClusterConfig.address is {config.address!r}, but this process is attached to the Ray cluster at "
+            f"ClusterConfig.address is {masked(config.address)!r}, but this process is attached to the Ray cluster at "
             f"{here!r}, and to one only at a time. Close the strategies that use that one and call ray.shutdown() "
             "first, or leave address out."
         )

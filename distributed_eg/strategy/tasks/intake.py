@@ -109,9 +109,9 @@ class Intake:
                 yield self._input(experience, part, valid)
 
     def _input(self, experience: CLExperience, part: Part, valid: LabelledDataset | None) -> TaskInput:
-        what = f"the dataset of experience {part.info.index}"
+        what = f"The dataset of experience {part.info.index}"
         _, held = self.run.shipper.ship(part.dataset, what)  # so that each leaf is stored once
-        copy = self._copy(part.dataset)
+        copy = self._copy(part.dataset, what)
         identity = {**self.settings, "data": identity_of(copy)}
         part = self._labelled(part, copy)
         del copy
@@ -132,9 +132,11 @@ class Intake:
         self._held[task] = (experience, [WorkerExperience(info, dataset) for info, dataset in data.evaluations], leaves)
         del held
         if valid is not None:
-            identity["validation"] = identity_of(self._copy(valid))
+            identity["validation"] = identity_of(
+                self._copy(valid, f"The validation part of experience {part.info.index}")
+            )
         if measured is not None:  # plugins may act on what is measured: early stopping does
-            identity["evaluations"] = [identity_of(self._copy(other.dataset)) for other in measured]
+            identity["evaluations"] = [identity_of(self._copy(other.dataset, _measured(other))) for other in measured]
         record = TaskRecord(task, part.label, classes, versions, continues, identity)
         return TaskInput(record, shipped, part.info, uuid.uuid4().hex)
 
@@ -160,14 +162,18 @@ class Intake:
         logger.warning("The task label %d of experience %d is the one that its samples carry third.", label, index)
         for i, other in enumerate(self._evaluations or ()):  # what is measured is found by the same labels
             if not other.is_labelled:
-                found = label_in_samples(self._copy(other.dataset))
+                found = label_in_samples(self._copy(other.dataset, _measured(other)))
                 self._evaluations[i] = replace(other, label=found or other.label, is_labelled=True)  # type: ignore[index]
         return replace(part, label=label)
 
-    def _copy(self, dataset: object) -> Any:
+    def _copy(self, dataset: object, what: str) -> Any:
         """A copy to read from, with evaluation transforms: the caller's may count what is read, or draw."""
-        copy = self.run.shipper.copy(dataset, "a dataset")
+        copy = self.run.shipper.copy(dataset, what)
         return copy.eval() if hasattr(copy, "eval") else copy
+
+
+def _measured(part: Part) -> str:
+    return f"The dataset of experience {part.info.index} of the stream {part.info.stream!r}"
 
 
 def _repeated(label: int, where: str) -> InputError:

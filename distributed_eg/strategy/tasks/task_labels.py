@@ -51,7 +51,7 @@ def task_labels_of(experience: CLExperience) -> list[int] | None:
     stream = read(experience, "_origin_stream")
     stream = getattr(stream, "value", stream)
     made = getattr(stream, "_exps", None)
-    if declared and not _is_constant(declared, _told(stream) if made is None else [_declared(e) for e in made]):
+    if declared and not _is_constant(declared, _defined(stream) if made is None else [_declared(e) for e in made]):
         found["it declares"] = declared
     if carried and carried != declared:
         everywhere = [_carried(e) for e in made or ()]
@@ -64,8 +64,8 @@ def task_labels_of(experience: CLExperience) -> list[int] | None:
         found["it was cut from an experience of"] = of_origin
     (_, labels), *others = found.items() or [("", None)]
     if any(other != labels for _, other in others):
-        told = " but ".join(f"{where} {values}" for where, values in found.items())
-        raise InputError(f"Experience {index_of(experience)} contradicts itself on its task labels: {told}.")
+        places = " but ".join(f"{where} {values}" for where, values in found.items())
+        raise InputError(f"Experience {index_of(experience)} contradicts itself on its task labels: {places}.")
     return labels
 
 
@@ -81,7 +81,7 @@ def _carried(experience: CLExperience) -> list[int] | None:
     return None if labels is None else sorted({whole(value, "task label") for value in labels.uniques})
 
 
-def _told(stream: object) -> list[list[int]]:
+def _defined(stream: object) -> list[list[int]]:
     """The labels that older scenarios tell without making the experiences."""
     definitions = read(read(stream, "benchmark"), "stream_definitions") or {}
     labels = getattr(definitions.get(getattr(stream, "name", None)), "exps_task_labels", ())

@@ -66,5 +66,5 @@ def test_modules_that_the_script_finds_are_found_by_workers_and_others_are_named
     here_only = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "here_only", here_only)
     exec(CODE, vars(here_only))
-    with pytest.raises(InputError, match=r"^the backbone cannot be made .*No module named 'here_only'.*on all nodes"):
+    with pytest.raises(InputError, match=r"^The backbone cannot be made .*No module named 'here_only'.*on all nodes"):
         train(here_only)

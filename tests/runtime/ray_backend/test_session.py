@@ -7,9 +7,12 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+import ray
 
 from distributed_eg.config import ClusterConfig
+from distributed_eg.errors import InputError
 from distributed_eg.runtime.ray_backend import session as module
+from distributed_eg.runtime.ray_backend.cluster import attach_or_start
 from distributed_eg.runtime.ray_backend.session import Session
 
 
@@ -133,3 +136,11 @@ def test_who_worked_longest_ago_makes_room_first_and_no_more_than_needed(played:
     assert session.others_work(needy)
     session.make_room(needy, 9)
     assert first.workers == 2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_an_attached_process_trains_on_no_other_cluster_than_was_named() -> None:
+    assert not attach_or_start(ClusterConfig(address=ray.get_runtime_context().gcs_address), 1.0)
+    with pytest.raises(InputError, match=r"'192\.0\.2\.1:6379', but this process is attached to the Ray cluster at"):
+        attach_or_start(ClusterConfig(address="192.0.2.1:6379"), 1.0)

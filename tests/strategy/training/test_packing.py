@@ -136,9 +136,9 @@ OWNERS: dict[Callable[[object], None], tuple[str, str]] = {
     of_plugin: ("The plugin Holds ", "'held' of Holds"),
     of_criterion: ("The attribute '_criterion' of the strategy ExpertGateStrategy ", "'held' of HoldingLoss"),
     of_strategy: ("The attribute 'held' of the strategy HoldingStrategy ", ""),
-    of_dataset: (r"dataset( of experience 0| \(Images\)) ", "'transform' of Images"),
+    of_dataset: (r"The dataset of experience 0( \(Images\))? ", "'transform' of Images"),
     of_collate: ("An argument of train ", "'collate_fn.__closure__.held' of dict"),
-    of_network: ("the backbone ", "'held' of TinyNet"),
+    of_network: ("The backbone ", "'held' of TinyNet"),
     of_reference: ("The reference dataset ", "'transform' of Images"),
 }
 

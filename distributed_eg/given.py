@@ -74,7 +74,7 @@ def text(value: object, name: str, what: str = "a str") -> str:
     if not isinstance(value, str):
         raise InputError(f"{name} is {shown(value)}; it must be {what}.")
     if not value.strip() or "\0" in value:
-        raise InputError(f"{name} is {str(value)!r}, which says nothing; give {what}.")
+        raise InputError(f"{name} is {str(value)!r}, which names nothing; leave it out, or give one.")
     return str(value)
 
 

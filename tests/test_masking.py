@@ -137,7 +137,9 @@ def test_a_whole_run_tells_nothing(caplog: pytest.LogCaptureFixture, tmp_path: P
     assert len(storage.walk()) > 10
     for path in storage.walk():
         assert_tells_nothing(storage.read(path).decode("latin-1") + path)
-    setup = WorkerSetup(uri, "id", 1, Shipped(b"", ()), "head", "features", SHAPE, MethodConfig(), config, None)
+    setup = WorkerSetup(
+        uri, "id", 1, Shipped(b"", (), "the network"), "head", "features", SHAPE, MethodConfig(), config, None
+    )
     slot = CheckpointSlot(storage, 0, "key")
     assert_tells_nothing(f"{config!r} {config} {storage!r} {setup!r} {slot!r}")
     assert "***@bucket" in repr(config)

@@ -230,5 +230,7 @@ def test_a_shape_that_no_node_holds_is_told_to_lower_what_it_asks_for() -> None:
     pytest.importorskip("ray")
     from distributed_eg.runtime.ray_backend.cluster import Node, refuse_infeasible
 
-    with pytest.raises(ResourceError, match="lower cpus_per_worker, or add a node"):
-        refuse_infeasible([Node("a", "10.0.0.1", 2, 0, False)], 8, 0)
+    for is_shared in (False, True):
+        with pytest.raises(ResourceError, match="lower cpus_per_worker, or add a node") as caught:
+            refuse_infeasible([Node("a", "10.0.0.1", 2, 0, False)], 8, 0, is_shared=is_shared)
+        assert ("Close the other strategies" in str(caught.value)) == is_shared

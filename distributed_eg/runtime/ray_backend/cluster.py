@@ -211,8 +211,9 @@ def nodes(*, free: bool = False) -> list[Node]:
     ]
 
 
-def refuse_infeasible(there: list[Node], cpus: float, gpus: float) -> None:
-    """Refuse workers of a shape that no node can ever hold.
+def refuse_infeasible(there: list[Node], cpus: float, gpus: float, *, is_shared: bool) -> None:
+    """Refuse workers of a shape that no node can ever hold; ``is_shared``: another strategy of this process uses the
+    Ray that was started here.
 
     Raises:
         ResourceError: what was asked for, and what the nodes offer.
@@ -221,10 +222,10 @@ def refuse_infeasible(there: list[Node], cpus: float, gpus: float) -> None:
         return
     offers = ", ".join(f"{node.address}: {node.cpus:g} CPU, {node.gpus:g} GPU" for node in there)
     lower = " or ".join(name for name, demand in {"cpus_per_worker": cpus, "gpus_per_worker": gpus}.items() if demand)
+    advice = "Close the other strategies of this process first: Ray is as large as their first one needed it."
     raise ResourceError(
-        f"A worker asks for {cpus:g} CPU and {gpus:g} GPU, which no node has ({offers}); lower {lower}, "
-        "or add a node. Where another strategy of this process started Ray, close that one first: Ray "
-        "is started as large as the first one needs it."
+        f"A worker asks for {cpus:g} CPU and {gpus:g} GPU, which no node has ({offers}); lower {lower}, or add a node."
+        f"{f' {advice}' if is_shared else ''}"
     )
 
 

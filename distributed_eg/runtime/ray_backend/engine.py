@@ -123,7 +123,7 @@ class RayEngine:
         # The same for every worker of a run, whatever nodes join later.
         asked = self._config.gpus_per_worker
         self._gpus = (1.0 if any(node.gpus >= 1 for node in there) else 0.0) if asked is None else asked
-        refuse_infeasible(there, self._cpus, self._gpus)
+        refuse_infeasible(there, self._cpus, self._gpus, is_shared=SESSION.is_shared(self))
         self._coordinator = start_coordinator(self._storage_uri, self._run_id, self._generation)
         self.coordinator = RemoteCoordinator(self._coordinator, self._require_ray, self._config.way_on)
 

@@ -73,6 +73,10 @@ class Session:
                     num_workers -= other.num_workers()
                     other.give_way()
 
+    def is_shared(self, user: User) -> bool:
+        """Whether others of this process use the Ray that was started here, which is as large as the first needed."""
+        return bool(self._ours) and any(self.holds(other) for other in self._users if other is not user)
+
     def others_work(self, user: User) -> bool:
         """Whether another user of this process works now, and holds what it works with."""
         return any(not other.is_at_rest() for other in self._users if other is not user)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLStream
+from avalanche.training.templates.base_sgd import BaseSGDTemplate
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig
@@ -35,6 +38,28 @@ def refuse_other_types(*, optimizer: object, criterion: object, observer: object
     ):
         if not fits:
             raise InputError(f"{name} is {given.shown(value)}; it must be {what}.")
+
+
+def check_loader_arguments(strategy: BaseSGDTemplate[Any, Any], arguments: Mapping[str, object], called: str) -> None:
+    """Refuse what the loaders of Avalanche's strategies drop without a word; warn of what only plugins can hear.
+
+    Raises:
+        InputError: an argument of torch's loader that the strategy's own does not take.
+    """
+    makers = (strategy.make_train_dataloader, strategy.make_eval_dataloader)
+    read = {"ffcv_args"}.union(*(inspect.signature(maker).parameters for maker in makers))
+    dropped = [name for name in arguments if name in inspect.signature(DataLoader).parameters and name not in read]
+    if dropped:
+        instead = {
+            "batch_size": "give the strategy train_mb_size and eval_mb_size",
+            "collate_fn": "give it to the data: AvalancheDataset(…, collate_fn=…)",
+        }.get(dropped[0], "leave it out, or override make_train_dataloader in a subclass that takes it")
+        raise InputError(f"{called}({dropped[0]}=…) would change nothing: no loader reads it; {instead}.")
+    if unheard := [name for name in arguments if name not in read]:
+        warnings.warn(
+            f"{called}() was given {', '.join(map(repr, unheard))}, which no loader reads; only plugins hear of it.",
+            stacklevel=3,
+        )
 
 
 def given_reference(reference: Dataset[object] | str | os.PathLike[str] | None) -> Dataset[object] | str | None:

@@ -236,6 +236,7 @@ class ExpertGateStrategy(ExpertLoop):
         """
         driver = self._driver
         plugin_table.refuse_unfit(self)
+        checks.check_loader_arguments(self, kwargs, "train")
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
@@ -271,6 +272,7 @@ class ExpertGateStrategy(ExpertLoop):
             # Loaders draw from torch's generator: whether an expert is measured must not change what it becomes.
             with torch.random.fork_rng(devices=[]):
                 return self._eval(exp_list, **kwargs)
+        checks.check_loader_arguments(self, kwargs, "eval")
         driver = self._driver
         if driver.run is None or not driver.registry.manifests:
             return self._eval(exp_list, **kwargs)

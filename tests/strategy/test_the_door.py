@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from avalanche.training.plugins import EarlyStoppingPlugin
+from avalanche.training.plugins import EarlyStoppingPlugin, SupervisedPlugin
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
@@ -243,3 +243,41 @@ def test_a_run_by_any_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             options = {"run_uri": home / "run", "arch": tiny_net(), name: value}
             refused(lambda options=options: ExpertGate.load(**options), name)  # type: ignore[misc]
     assert set(inspect.signature(ExpertGate.load).parameters) == set(LOAD)
+
+
+# Arguments of the loaders
+
+DROPPED = {
+    "collate_fn": "AvalancheDataset(…, collate_fn=…)",
+    "batch_size": "train_mb_size and eval_mb_size",
+    "sampler": "leave it out",
+    "prefetch_factor": "leave it out",
+    "timeout": "leave it out",
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_arguments_that_no_loader_of_avalanche_reads_are_refused_before_anything_is_trained(name: str) -> None:
+    with tiny_strategy() as strategy:
+        for call in (strategy.train, strategy.eval):
+            refused(lambda call=call: call(STREAM, **{name: 3}), f"{call.__name__}({name}=…)", DROPPED[name])
+        assert not strategy.workers()
+
+
+def test_an_argument_that_only_plugins_hear_is_told() -> None:
+    class Hears(SupervisedPlugin):  # type: ignore[misc]  # Avalanche is untyped
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            assert kwargs["num_worker"] == 2
+
+    with tiny_strategy(plugins=[Hears()]) as strategy, pytest.warns(UserWarning, match="'num_worker'.*only plugins"):
+        strategy.train(STREAM, num_worker=2)
+
+
+def test_a_subclass_that_takes_more_arguments_is_given_them() -> None:
+    class Sampled(ExpertGateStrategy):
+        def make_train_dataloader(self, sampler: Any = None, **kwargs: Any) -> None:
+            assert sampler == "mine"
+            super().make_train_dataloader(**kwargs)
+
+    with tiny_strategy(cls=Sampled) as strategy:
+        strategy.train(STREAM, sampler="mine")

@@ -15,7 +15,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import TensorDataset
 
 from distributed_eg import ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import ExpertGateError, InputError
@@ -102,9 +102,9 @@ def of_dataset(held: object) -> None:
     train({}, experiences=benchmark.train_stream)
 
 
-def of_collate(held: object) -> None:
-    """Trains with a collate function that reads it."""
-    train({}, collate_fn=lambda samples: (held, default_collate(samples))[1])
+def of_argument(held: object) -> None:
+    """Trains with an argument for the loaders that reads it."""
+    train({}, ffcv_args=lambda: held)
 
 
 def of_network(held: object) -> None:
@@ -137,7 +137,7 @@ OWNERS: dict[Callable[[object], None], tuple[str, str]] = {
     of_criterion: ("The attribute '_criterion' of the strategy ExpertGateStrategy ", "'held' of HoldingLoss"),
     of_strategy: ("The attribute 'held' of the strategy HoldingStrategy ", ""),
     of_dataset: (r"The dataset of experience 0( \(Images\))? ", "'transform' of Images"),
-    of_collate: ("An argument of train ", "'collate_fn.__closure__.held' of dict"),
+    of_argument: ("An argument of train ", "'ffcv_args.__closure__.held' of dict"),
     of_network: ("The backbone ", "'held' of TinyNet"),
     of_reference: ("The reference dataset ", "'transform' of Images"),
 }

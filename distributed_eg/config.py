@@ -30,6 +30,8 @@ _CLUSTER_NUMBERS: dict[str, Rule] = {
     "checkpoint_every_s": ("not be negative", lambda value: value >= 0),
 }
 """Numbers of ``ClusterConfig``; an infinite time stands for no limit."""
+_RAY_ONLY = ("address", "num_workers", "cpus_per_worker", "gpus_per_worker", "startup_timeout_s", "stage_timeout_s")
+"""What says nothing to the engine "inline", which has one worker."""
 _METHOD_NUMBERS: dict[str, Rule] = {
     "temp": _POSITIVE,
     "distillation_temp": _POSITIVE,
@@ -96,8 +98,6 @@ class ClusterConfig:
             values[name] = read[name](getattr(self, name), f"ClusterConfig.{name}")
         if "scratch" in values:
             values["scratch"] = os.path.abspath(str(values["scratch"]))
-        if values["engine"] == "inline" and (self.address is not None or self.num_workers not in ("auto", 1)):
-            raise InputError("ClusterConfig(engine='inline') runs in this process: leave address and num_workers out.")
         for name in ("num_workers", "threads", "max_resident_experts"):
             if not (name == "num_workers" and isinstance(self.num_workers, str) and self.num_workers == "auto"):
                 values[name] = given.whole(getattr(self, name), f"ClusterConfig.{name}", least=1)
@@ -105,6 +105,12 @@ class ClusterConfig:
             if getattr(self, name) is not None or name not in ("gpus_per_worker", "stage_timeout_s"):
                 values[name] = given.number(getattr(self, name), f"ClusterConfig.{name}", rule, fits)
         _settle(self, values)
+        if self.engine == "inline":
+            one = {field.name: (field.default,) for field in fields(self)} | {"num_workers": ("auto", 1)}
+            if said := [name for name in _RAY_ONLY if getattr(self, name) not in one[name]]:
+                raise InputError(
+                    f"ClusterConfig(engine='inline') runs in this process and reads no {', '.join(said)}: leave it out."
+                )
         shares = (self.cpus_per_worker, self.gpus_per_worker or 0)
         if any(0 < share < _LEAST_SHARE for share in shares) or (shares[1] > 1 and shares[1] % 1):
             raise InputError(

@@ -81,10 +81,20 @@ def test_an_unknown_engine_gets_the_known_ones() -> None:
     assert all(name in message for name in ("'spark'", "'ray'", "'inline'"))
 
 
-@pytest.mark.parametrize("options", [{"address": "auto"}, {"num_workers": 2}, {"num_workers": 0}])
-def test_the_inline_engine_has_neither_address_nor_workers(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"address": "auto"},
+        {"num_workers": 2},
+        {"cpus_per_worker": 2},
+        {"gpus_per_worker": 1},
+        {"startup_timeout_s": 5},
+        {"stage_timeout_s": 60, "num_workers": 3},
+    ],
+)
+def test_the_inline_engine_takes_nothing_that_it_would_not_read(options: dict[str, Any]) -> None:
     message = refusal(lambda: ClusterConfig(engine="inline", **options))
-    assert "num_workers" in message
+    assert all(name in message for name in options)
     assert ClusterConfig(engine="inline", num_workers=1).num_workers == 1
 
 

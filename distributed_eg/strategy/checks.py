@@ -40,7 +40,9 @@ def refuse_other_types(*, optimizer: object, criterion: object, observer: object
             raise InputError(f"{name} is {given.shown(value)}; it must be {what}.")
 
 
-def check_loader_arguments(strategy: BaseSGDTemplate[Any, Any], arguments: Mapping[str, object], called: str) -> None:
+def check_loader_arguments(
+    strategy: BaseSGDTemplate[Any, Any, Any], arguments: Mapping[str, object], called: str
+) -> None:
     """Refuse what the loaders of Avalanche's strategies drop without a word; warn of what only plugins can hear.
 
     Raises:

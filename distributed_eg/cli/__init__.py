@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -30,7 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
         if _nobody_reads(error):
             _stop_printing()
             sys.exit(_NOBODY_READS)
-        raise
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"distributed-eg: what it prints, or a file, cannot be written: {error}.", file=sys.stderr)
+        _stop_printing()
+        sys.exit(1)
 
 
 def _command(arguments: list[str] | None) -> None:

@@ -62,6 +62,23 @@ def test_it_ends_quietly_where_nobody_reads_its_errors(arguments: list[str], tmp
     assert unread(arguments, "stderr")[0] == 141
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["verify", RUN], ["simulate", "--replay", "3"]], ids=" ".join)
+def test_output_that_a_full_disk_does_not_take_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "distributed_eg", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written: [Errno 28] No space left on device" in done.stderr
+
+
 def test_a_run_s_progress_passes_the_error_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the run is closed on its way to ``main``, and goes on where it is resumed."""
     reader, writer = os.pipe()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,8 +46,10 @@ class Reference:
         """
         tensors = {"mean": self.statistics.mean, "std": self.statistics.std}
         tensors |= {f"root.{name}": tensor for name, tensor in (self.root_autoencoder or {}).items()}
+        # A tensor, for entries of the metadata are written in any order, and a run knows its reference by its bytes.
+        tensors["num_samples"] = torch.tensor(self.statistics.num_samples)
         try:
-            save_file(tensors, path, metadata={"kind": kind, "num_samples": str(self.statistics.num_samples)})
+            save_file(tensors, path, metadata={"kind": kind})
         except (OSError, SafetensorError) as error:
             raise StorageError(f"The reference cannot be written to {str(path)!r}: {error}") from error
 
@@ -68,7 +71,8 @@ class Reference:
             raise InputError(f"The reference {str(path)!r} holds a {metadata.get('kind')!r} autoencoder, not {kind!r}.")
         if "mean" not in tensors or "std" not in tensors:
             raise InputError(f"The reference {str(path)!r} holds no statistics; write one by save_reference().")
-        statistics = Statistics(tensors["mean"], tensors["std"], int(metadata.get("num_samples", 0)))
+        num_samples = tensors.get("num_samples", metadata.get("num_samples", 0))  # the latter in older files
+        statistics = Statistics(tensors["mean"], tensors["std"], int(num_samples))
         return Reference(statistics, root or None)
 
     def store(self, storage: Storage) -> StatisticsRecord:

@@ -84,3 +84,16 @@ def test_a_reference_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """The run took hours, the path has a slip in it: an error of ours, that a caller may catch and try again."""
     with pytest.raises(ExpertGateError, match="missing"):
         Reference(statistics(), None).save(tmp_path / "missing" / "r", "linear")
+
+
+def test_a_reference_written_again_has_the_same_bytes(tmp_path: Path) -> None:
+    """A run is resumed with the file that it began with, or with one written anew."""
+    for index in range(20):
+        Reference(statistics(), autoencoder()).save(tmp_path / str(index), "linear")
+    assert len({(tmp_path / str(index)).read_bytes() for index in range(20)}) == 1
+
+
+def test_a_reference_of_an_older_version_keeps_its_number_of_samples(tmp_path: Path) -> None:
+    tensors = {"mean": statistics().mean, "std": statistics().std}
+    save_file(tensors, tmp_path / "old", metadata={"kind": "linear", "num_samples": "77"})
+    assert same(Reference.load(tmp_path / "old", "linear"), Reference(statistics(), None))

@@ -14,6 +14,7 @@ from distributed_eg.masking import masked
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 Engine = Literal["ray", "inline"]
+Resume = Literal["append"] | bool
 AutoencoderOptimizer = Literal["sgd", "adagrad", "adam"]
 
 Rule = tuple[str, Callable[[float], bool]]
@@ -70,9 +71,11 @@ class ClusterConfig:
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
     """How long to wait for a cluster to answer; and, without any worker, for room that it has but that is taken."""
-    resume: bool = False
-    """Go on with the run that ``storage`` holds, where it holds one: give ``train`` the same stream again. What is
-    sealed is kept; other settings, data or another backbone are refused."""
+    resume: Resume = False
+    """Go on with the run that ``storage`` holds, where it holds one. True: ``train`` is given the same stream again;
+    what is sealed is kept, other settings or data are refused. "append": ``train`` is given what follows, and earlier
+    tasks' data are not asked for; how experts train may differ from before, but backbone, method and threads may not.
+    A call that was cut off is given again: what it had sealed is kept."""
     on_task_failure: OnTaskFailure = "continue"
     """``"continue"``: tasks that do not need a failed one are trained. ``"stop"``: what runs is finished, nothing new
     is begun. Either way ``train`` raises at the end, and the run can be resumed. A storage that does not take what is
@@ -91,7 +94,7 @@ class ClusterConfig:
             "on_task_failure": given.word(
                 self.on_task_failure, "ClusterConfig.on_task_failure", get_args(OnTaskFailure)
             ),
-            "resume": given.flag(self.resume, "ClusterConfig.resume"),
+            "resume": _resume(self.resume),
         }
         read = {"storage": given.location, "scratch": given.path, "address": given.text}
         for name in (name for name in read if getattr(self, name) is not None):
@@ -118,7 +121,7 @@ class ClusterConfig:
                 f"below {_LEAST_SHARE}, and more than one GPU as whole ones only."
             )
         if self.resume and self.storage is None:
-            raise InputError("ClusterConfig(resume=True) needs storage=…, the run directory to go on with.")
+            raise InputError(f"ClusterConfig(resume={self.resume!r}) needs storage=…, the run directory to go on with.")
 
     @property
     def way_on(self) -> str:
@@ -132,6 +135,12 @@ class ClusterConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         shown = {name: masked(value) if isinstance(value, str) else value for name, value in values.items()}
         return f"ClusterConfig({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _resume(value: object) -> Resume:
+    if isinstance(value, str) and value != "append":
+        raise InputError(f"ClusterConfig.resume is {given.shown(value)}; it must be True, False or 'append'.")
+    return "append" if isinstance(value, str) else given.flag(value, "ClusterConfig.resume")
 
 
 def _settle(config: object, values: dict[str, object]) -> None:

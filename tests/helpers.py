@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,14 @@ def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, 
     """Everything that must not depend on where a run ran, as JSON values."""
     registry = strategy.registry.drop_columns(["train_s", "worker"]).to_pylist()
     return {"registry": registry, "relatedness": strategy.relatedness.to_pylist(), "metrics": metrics}
+
+
+def content(storage: Path) -> dict[str, bytes]:
+    """What a run directory holds, but for the exports, for times and for who wrote when."""
+    passing = ("sessions/", "tables/")
+    files = {str(file.relative_to(storage)): file for file in sorted(storage.rglob("*")) if file.is_file()}
+    kept = {path: file for path, file in files.items() if not path.startswith(passing)}
+    return {path: file.read_bytes() for path, file in kept.items() if not path.endswith(("timings.json", "run.json"))}
 
 
 SEED_METHODS = (

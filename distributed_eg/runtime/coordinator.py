@@ -11,7 +11,7 @@ from typing import Protocol
 from distributed_eg.errors import RunInUseError, StorageError
 from distributed_eg.store import records
 from distributed_eg.store.lease import superseded
-from distributed_eg.store.records import Record, RecordOfTask, TaskTimings, artifact_of_record
+from distributed_eg.store.records import Record, RecordOfTask, artifact_of_record
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import export_tables
@@ -24,8 +24,9 @@ class CoordinatorApi(Protocol):
         """Everything recorded so far."""
 
     def record(self, record: Record) -> Artifact:
-        """Seal a record of a kind that the registry keeps. Timings, and what a failed task left, may be replaced;
-        records of a sealed task, and the statistics once any task is sealed, may only be offered again unchanged.
+        """Seal a record of a kind that the registry keeps. What ``is_replaced``, and what a failed task left, may be
+        replaced; other records of a sealed task, and the statistics once any task is sealed, may only be offered again
+        unchanged.
 
         Raises:
             StorageError: the run directory cannot be written, or holds another record that may not be replaced.
@@ -59,7 +60,7 @@ class Coordinator:
         """Seal a record, then keep it."""
         self._refuse_if_superseded()
         registry = self.registry()
-        known = None if isinstance(record, TaskTimings) else registry.find(record)
+        known = None if record.is_replaced else registry.find(record)
         sealed = record.task in registry.manifests if isinstance(record, RecordOfTask) else bool(registry.manifests)
         # Compared by what they are sealed as, where NaN equals NaN and a tuple a list.
         if sealed and known is not None and artifact_of_record(known) != artifact_of_record(record):

@@ -1,4 +1,4 @@
-"""Taking up what an earlier driver left: the run, where it is the same, then task by task, as its stream arrives."""
+"""Taking up what an earlier driver left, task by task, as its stream arrives."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from distributed_eg.errors import DamagedFileError, ResumeError, StorageError
+from distributed_eg.errors import DamagedFileError, ResumeError
 from distributed_eg.schedule.events import Stage
-from distributed_eg.store import layout, records
-from distributed_eg.store.records import RunRecord, TaskRecord
+from distributed_eg.store.records import TaskRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import TaskId
@@ -53,30 +52,6 @@ def refuse(what: str, shown: str, lines: list[str]) -> ResumeError:
         f"The run in {shown!r} was begun with {what}:{told}\nGive what it was begun with, or another storage for a "
         "new run."
     )
-
-
-def known_run(storage: Storage, resume: bool) -> RunRecord | None:
-    """What the storage holds; None: no run yet."""
-    if not storage.exists(layout.RUN):
-        return None
-    if not resume:
-        raise StorageError(
-            f"The storage {storage.shown!r} already holds a run; ClusterConfig(resume=True) goes on with it, and "
-            "another storage begins a new one."
-        )
-    return records.read(storage, RunRecord)
-
-
-def same_run(shown: str, known: RunRecord, wanted: RunRecord) -> str:
-    """The run's id, once it is clear that this is the same run."""
-    then, now = asdict(known), asdict(wanted)
-    decisive, around = ("method", "threads", "backbone", "settings"), ("libraries", "machine")
-    lines = differences(*({name: values[name] for name in decisive} for values in (then, now)))
-    if lines:
-        raise refuse("other settings", shown, lines)
-    for line in differences(*({name: values[name] for name in around} for values in (then, now))):
-        logger.warning("Resuming %r on a machine of another kind, which may give other bytes: %s.", shown, line)
-    return known.run_id
 
 
 def take_up(storage: Storage, recorded: Registry, registry: Registry, arrival: TaskRecord) -> frozenset[Stage]:

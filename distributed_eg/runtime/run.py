@@ -5,57 +5,38 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import importlib.metadata
 import logging
-import platform
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import nn
 
 from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.errors import ExpertGateError, RunInUseError, StorageError
 from distributed_eg.runtime.dispatcher import Dispatcher, TaskSource
 from distributed_eg.runtime.engine import Engine
+from distributed_eg.runtime.identity import Root, known_run, new_record
 from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
 from distributed_eg.runtime.pool import run_all
-from distributed_eg.runtime.resuming import is_whole, known_run, same_run
+from distributed_eg.runtime.resuming import is_whole
 from distributed_eg.runtime.shipping import Shipped, Shipper
 from distributed_eg.runtime.signals import uninterrupted
 from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.schedule.machine import Machine
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
-from distributed_eg.store.records import RunRecord, StatisticsRecord
+from distributed_eg.store.records import StatisticsRecord, StreamRecord, TaskRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.store.weights import load_tensors, pack_tensors
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "torchvision", "avalanche-lib", "safetensors", "pyarrow")
 _TASKS_AHEAD = 4
 _ATTEMPTS_PER_DRIVER = 10**9
-
-
-@dataclass(frozen=True)
-class Root:
-    """The pretrained network that experts are copies of, its head, where the backbone ends in it, for images of what
-    shape.
-
-    ``described`` tells one root from another, as JSON values.
-    """
-
-    network: nn.Module
-    head: str
-    feature_layer: str
-    shape: tuple[int, int, int]
-    described: Mapping[str, object]
 
 
 class Run:
@@ -92,16 +73,21 @@ class Run:
         # Numbers of a later driver lie above all that an earlier one can have given out.
         self._first_attempt = setup.generation * _ATTEMPTS_PER_DRIVER
         self._has_reference = False
-        self._recorded = engine.coordinator.registry().snapshot()
+        self.recorded = engine.coordinator.registry().snapshot()
+        """What earlier drivers left."""
         self.registry = Registry(statistics=self._whole_statistics())
-        """What this driver has seen: a resumed run's tasks come in as the stream brings them again."""
+        """What this driver has seen: a resumed run's tasks come in as the stream brings them again, those of one that
+        is appended to are there."""
+        if setup.cluster.resume == "append":
+            self.registry = replace(self.recorded.of_sealed(), statistics=self.registry.statistics)
+        self._num_ended: int | None = None
 
     @staticmethod
     def open(
         cluster: ClusterConfig,
         method: MethodConfig,
         root: Root,
-        settings: Mapping[str, object],
+        settings: Mapping[str, object] | None,
         device: str | None = None,
         observer: Observer | None = None,
     ) -> Run:
@@ -111,12 +97,13 @@ class Run:
             cluster: where to run, and where the run is kept.
             method: the run's numbers.
             root: stored once, and shipped to every worker.
-            settings: what else makes a run what it is, as JSON values.
+            settings: what else makes a run what it is, as JSON values; None: it is opened for what it holds.
             device: where workers compute; None: the GPU that each was given, else the CPU.
             observer: told of every stage that starts or ends.
 
         Raises:
-            StorageError: the storage cannot be written, or holds a run that is not to be resumed.
+            StorageError: the storage cannot be written, or holds a run that is not to be resumed, or none or a damaged
+                one where what it holds is needed.
             InputError: Ray Client is asked for.
             RunInUseError: another driver works on the run.
             ResumeError: the storage holds a run that was begun with something else.
@@ -126,15 +113,18 @@ class Run:
         storage = Storage(cluster.storage or tempfile.mkdtemp(prefix="distributed-eg-run-"))
         uri = storage.uri
         path, weights = pack_tensors("root", root.network.state_dict())
-        wanted = _record(cluster, method, root, artifact_of(path, weights), settings)
+        wanted = new_record(cluster, method, root, artifact_of(path, weights), settings or {})
         with contextlib.ExitStack() as undo:
             if cluster.storage is None:
                 undo.callback(shutil.rmtree, uri, ignore_errors=True)
-            known_run(storage, cluster.resume)  # a run that is refused is not touched
+            known_run(storage, cluster, wanted, settings)  # a run that is refused is not touched
             lease = _acquire(storage)
             undo.callback(lease.release)
-            known = known_run(storage, cluster.resume)
-            run_id = wanted.run_id if known is None else same_run(storage.shown, known, wanted)
+            known = known_run(storage, cluster, wanted, settings)
+            if known is not None:
+                wanted = replace(wanted, run_id=known.run_id)
+                method = replace(method, feature_batch_size=known.method["feature_batch_size"])
+            run_id = wanted.run_id
             storage.sweep()
             engine = _engine(cluster, uri, run_id, lease.generation)
             undo.callback(engine.close)
@@ -209,9 +199,10 @@ class Run:
                 by an error of ours, that error is raised itself.
             Exception: what ``source`` raised, once everything that it gave before is done.
         """
+        self.note_end()
         registry = self.registry
         known = registry.statistics
-        final = known is not None and any(_is_final(known, seen) for seen in (registry, self._recorded))
+        final = known is not None and any(_is_final(known, seen) for seen in (registry, self.recorded))
         if not final and not self._has_reference:
             registry.statistics = None
         self._engine.add_workers(self._setup, num_tasks)
@@ -225,7 +216,7 @@ class Run:
         )
         way_on = self._setup.cluster.way_on
         dispatcher = Dispatcher(
-            self._engine, self.storage, self._recorded, registry, source, trainer, self._observer, way_on
+            self._engine, self.storage, self.recorded, registry, source, trainer, self._observer, way_on
         )
         try:
             dispatcher.run(machine)
@@ -235,6 +226,29 @@ class Run:
         finally:
             self._first_attempt = machine.next_attempt
         self._engine.coordinator.export()
+        self._num_ended = max(registry.arrivals, default=-1) + 1
+
+    @property
+    def interrupted(self) -> list[TaskRecord]:
+        """What a call brought that was cut off, of a run that is appended to."""
+        if self._setup.cluster.resume != "append":
+            return []
+        return [record for task, record in sorted(self.registry.arrivals.items()) if task >= self.registry.num_ended]
+
+    def note_end(self) -> None:
+        """Note that the last call that ended well did, so that what is brought from now on comes after it: when the
+        next one begins, and when the user closes the run. A driver that dies before may be sent again with the same
+        stream.
+
+        Raises:
+            StorageError: the run directory cannot be written.
+        """
+        known = self.registry.stream or self.recorded.stream
+        if self._num_ended is None or (known is not None and known.num_tasks >= self._num_ended):
+            return
+        if not superseded(self.storage, self._lease.generation):
+            self.registry.stream = StreamRecord(self._num_ended)
+            records.seal(self.storage, self.registry.stream)
 
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
         """Carry out ``requests`` on the workers; results in their order."""
@@ -258,8 +272,8 @@ class Run:
                     last_first.callback(self.storage.delete, path)
 
     def _whole_statistics(self) -> StatisticsRecord | None:
-        record = self._recorded.statistics
-        if record is None or not _is_final(record, self._recorded):
+        record = self.recorded.statistics
+        if record is None or not _is_final(record, self.recorded):
             return None
         return record if all([is_whole(self.storage, artifact) for artifact in record.artifacts]) else None
 
@@ -285,26 +299,6 @@ def _is_final(statistics: StatisticsRecord, registry: Registry) -> bool:
     """Whether statistics are the run's for good. Those of a first task that failed before anything was learnt under
     them are not: its data may have been corrected since."""
     return statistics.root_autoencoder is not None or bool(registry.autoencoders)
-
-
-def _record(
-    cluster: ClusterConfig, method: MethodConfig, root: Root, weights: Artifact, settings: Mapping[str, object]
-) -> RunRecord:
-    """What a new run would be."""
-    return RunRecord(
-        run_id=uuid.uuid4().hex[:12],
-        method=asdict(method),
-        threads=cluster.threads,
-        backbone={
-            **root.described,
-            "root": asdict(weights),
-            "feature_layer": root.feature_layer,
-            "shape": list(root.shape),
-        },
-        settings=dict(settings),
-        libraries={name: importlib.metadata.version(name) for name in _LIBRARIES},
-        machine={"cpu": torch.backends.cpu.get_cpu_capability(), "architecture": platform.machine()},
-    )
 
 
 def _acquire(storage: Storage) -> Lease:

@@ -88,6 +88,7 @@ class Machine:
         self._first: TaskId | None = None
         """The task that arrived first, whose features give the statistics."""
         self._tasks = {task: _Task(None, set(Stage), None) for task in committed}
+        self._earlier = set(committed)
         self._num_unfinished = 0
         self._ready: dict[Stage, list[TaskId]] = {stage: [] for stage in _PRIORITY}
         self._waiting: defaultdict[tuple[TaskId | None, Stage], list[TaskId]] = defaultdict(list)
@@ -171,8 +172,9 @@ class Machine:
         self._require(sorted(waiting) == unfinished, "a task is in no place, or in two")
 
     def _add_task(self, event: TaskArrived) -> list[Instruction]:
-        is_new = event.task not in self._tasks and not self._ended
-        self._require(is_new, f"task {event.task} arrived twice, or after the stream's end")
+        is_new = event.task not in self._tasks or event.task in self._earlier
+        self._require(is_new and not self._ended, f"task {event.task} arrived twice, or after the stream's end")
+        self._earlier.discard(event.task)  # brought again: a call was cut off, and a file of its may be damaged
         self._first = event.task if self._first is None else self._first
         state = self._tasks[event.task] = _Task(event.continues, set(event.done), event.parent)
         self._pulling = False

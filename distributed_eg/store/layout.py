@@ -3,6 +3,7 @@
     run.json                              what the run is: configuration, versions, backbone
     root-<hash>.safetensors               the pretrained root network
     sessions/00001.json                   who drives the run, or drove it: the lease
+    stream.json                           how far its stream was heard to the end
     statistics.json                       names statistics-<hash>.safetensors
     tasks/00003/task.json                 what arrived as task 3: label, classes, versions, identity of the data
     tasks/00003/autoencoder.json          names autoencoder-<hash>.safetensors
@@ -22,6 +23,7 @@ from distributed_eg.types import TaskId
 SCHEMA_VERSION = 1
 
 RUN = "run.json"
+STREAM = "stream.json"
 STATISTICS = "statistics.json"
 SESSIONS = "sessions"
 TASKS = "tasks"

@@ -21,6 +21,8 @@ class Record:
 
     name: ClassVar[str]
     """Of the file, without its folder and ending."""
+    is_replaced: ClassVar[bool] = False
+    """Whether another one may take its place though sealed tasks rest on the run's records."""
 
     @classmethod
     def path_of(cls, task: TaskId | None = None) -> str:
@@ -73,6 +75,18 @@ class StatisticsRecord(Record):
     artifact: Artifact
     num_samples: int
     root_autoencoder: Artifact | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord(Record):
+    """How far the run's stream was heard to its end: calls that ended well brought the tasks below ``num_tasks``.
+
+    Those from there on came in a call that was cut off, whose tasks are expected to be brought again.
+    """
+
+    name: ClassVar[str] = "stream"
+    is_replaced: ClassVar[bool] = True
+    num_tasks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +156,7 @@ class TaskTimings(RecordOfTask):
     """Who did a task's stages; kept beside the other records, which never name it."""
 
     name: ClassVar[str] = "timings"
+    is_replaced: ClassVar[bool] = True
     stages: tuple[StageTiming, ...]
 
 
@@ -157,7 +172,7 @@ class CheckpointRecord(RecordOfTask):
 
 
 KINDS: tuple[type[Record], ...] = (
-    *(RunRecord, StatisticsRecord),
+    *(RunRecord, StatisticsRecord, StreamRecord),
     *(TaskRecord, AutoencoderRecord, RelatednessRecord, TaskManifest, TaskTimings, CheckpointRecord),
 )
 """Every kind of record, in the order in which a task gets them."""

@@ -19,6 +19,7 @@ from distributed_eg.store.records import (
     RecordOfTask,
     RelatednessRecord,
     StatisticsRecord,
+    StreamRecord,
     TaskManifest,
     TaskRecord,
     TaskTimings,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PLACES: dict[type[Record], str] = {
     StatisticsRecord: "statistics",
+    StreamRecord: "stream",
     TaskRecord: "arrivals",
     AutoencoderRecord: "autoencoders",
     RelatednessRecord: "relatedness",
@@ -45,6 +47,7 @@ class Registry:
     """Every record of a run, by task. The coordinator's is the one that is written down; a driver keeps a copy."""
 
     statistics: StatisticsRecord | None = None
+    stream: StreamRecord | None = None
     arrivals: dict[TaskId, TaskRecord] = field(default_factory=dict)
     autoencoders: dict[TaskId, AutoencoderRecord] = field(default_factory=dict)
     relatedness: dict[TaskId, RelatednessRecord] = field(default_factory=dict)
@@ -97,8 +100,16 @@ class Registry:
 
     def snapshot(self) -> Registry:
         """The same records, untouched by what is recorded later."""
-        tables = {f.name: dict(getattr(self, f.name)) for f in fields(self) if f.name != "statistics"}
-        return Registry(self.statistics, **tables)
+        tables = {f.name: dict(getattr(self, f.name)) for f in fields(self) if f.name not in ("statistics", "stream")}
+        return Registry(self.statistics, self.stream, **tables)
+
+    def of_sealed(self) -> Registry:
+        """The same without what was done for tasks that are not sealed."""
+        own = self.snapshot()
+        for place in (own.autoencoders, own.relatedness, own.timings):
+            for task in place.keys() - own.manifests.keys():
+                del place[task]
+        return own
 
     @property
     def newest(self) -> dict[TaskId, TaskManifest]:
@@ -108,6 +119,15 @@ class Registry:
     def of_label(self, label: int) -> TaskManifest | None:
         """The newest sealed version of the task with that label."""
         return next((manifest for manifest in self.newest.values() if manifest.label == label), None)
+
+    @property
+    def num_ended(self) -> int:
+        """Tasks below this number came in calls that ended; runs of before this was noted: up to the first that is not
+        sealed."""
+        if self.stream is not None:
+            return self.stream.num_tasks
+        unsealed = self.arrivals.keys() - self.manifests.keys()
+        return min(unsealed, default=max(self.arrivals, default=-1) + 1)
 
     def number(self, label: int) -> TaskId:
         """The next number for that label: a new one, or the one that a failed attempt left behind."""

@@ -19,7 +19,7 @@ from distributed_eg import given
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.masking import masked, masked_in
 from distributed_eg.store import local_files
-from distributed_eg.store.layout import RUN, SCHEMA_VERSION, SESSIONS
+from distributed_eg.store.layout import RUN, SCHEMA_VERSION, SESSIONS, STREAM
 from distributed_eg.store.local_files import TEMPORARY
 
 REPAIR = (
@@ -291,6 +291,11 @@ def repair_of(path: str) -> str:
         return (
             "It says who did the task's stages and for how long, which cannot be had again, and nothing rests on it: a "
             "resumed training writes down that it is not known."
+        )
+    if path == STREAM:
+        return (
+            "It says in which calls tasks were brought: remove it, and a task that is brought again with the same data "
+            "and settings is trained as its next version; the next driver writes it anew."
         )
     return REPAIR
 

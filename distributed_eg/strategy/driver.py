@@ -16,10 +16,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from distributed_eg.config import ClusterConfig, MethodConfig
-from distributed_eg.errors import InputError
+from distributed_eg.errors import InputError, StorageError
+from distributed_eg.runtime.identity import Root
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps, load
-from distributed_eg.runtime.run import Root, Run
+from distributed_eg.runtime.run import Run
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
@@ -82,8 +83,8 @@ class Driver:
             return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
         return self.run.registry.tables()
 
-    def open(self, settings: Mapping[str, object]) -> Run:
-        """The run; made at the first call, from ``settings`` beside what this driver was made with.
+    def open(self, settings: Mapping[str, object] | None) -> Run:
+        """The run; made at the first call, from ``settings`` beside what this driver was made with, None: to be asked.
 
         Without a storage it lies in a temporary folder that lives as long as the model.
 
@@ -115,9 +116,19 @@ class Driver:
             )
         return self.run
 
-    def close(self) -> None:
-        """End the workers, and Ray where it was started here. The model keeps its gate and its experts."""
-        if self._close is not None:
+    def close(self, *, in_error: bool = False) -> None:
+        """End the workers, and Ray where it was started here. The model keeps its gate and its experts.
+
+        ``in_error``: the last call, or what follows it, is going to be given again.
+        """
+        if self._close is None or not self._close.alive:
+            return
+        try:
+            if self.run is not None and not in_error:
+                self.run.note_end()
+        except StorageError as error:
+            logger.warning("It was not noted that the last training ended. %s", error)
+        finally:
             self._close()
 
     @contextmanager

@@ -335,9 +335,9 @@ class ExpertGateStrategy(ExpertLoop):
         """The strategy itself."""
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Close it."""
-        self.close()
+        self._driver.close(in_error=error_type is not None)
 
     def _settings(self) -> dict[str, object]:
         """What a resumed run is compared by, beside the method's numbers."""

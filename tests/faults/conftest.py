@@ -59,11 +59,3 @@ def train(storage: Path, domains: tuple[int, ...] = (0, 0, 1), **overrides: Any)
     with tiny_strategy(cluster, **{**SETTINGS, "train_epochs": 3, **overrides}) as strategy:
         strategy.train(tiny_benchmark(domains).train_stream)
         return hashes(strategy)
-
-
-def content(storage: Path) -> dict[str, bytes]:
-    """What a run directory holds, but for the exports, for times and for who wrote when."""
-    passing = ("sessions/", "tables/")
-    files = {str(file.relative_to(storage)): file for file in sorted(storage.rglob("*")) if file.is_file()}
-    kept = {path: file for path, file in files.items() if not path.startswith(passing)}
-    return {path: file.read_bytes() for path, file in kept.items() if not path.endswith(("timings.json", "run.json"))}

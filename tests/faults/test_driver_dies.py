@@ -10,7 +10,8 @@ from distributed_eg.store.storage import TEMPORARY, Storage
 from distributed_eg.store.verification import unnamed, verify
 from tests.faults import drivers
 from tests.faults.chaos import Chaos, Fault
-from tests.faults.conftest import content, train
+from tests.faults.conftest import train
+from tests.helpers import content
 
 
 @pytest.fixture(scope="module")

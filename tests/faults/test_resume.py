@@ -20,8 +20,8 @@ from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import verify
 from tests.faults.chaos import HARMS, Chaos, Fault
-from tests.faults.conftest import content, train
-from tests.helpers import SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.faults.conftest import train
+from tests.helpers import SETTINGS, SHAPE, content, hashes, tiny_benchmark, tiny_net, tiny_strategy
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_run_of_an_earlier_version_is_taken_up_by_what_its_records_know(
     longer = (0, 0, 1, 2)
     assert train(run, longer) == train(tmp_path / "fresh", longer)
     assert sum("begun by an earlier version" in record.message for record in caplog.records) == 1
-    assert content(run).items() >= before.items()
+    assert before.items() - content(run).items() <= {("stream.json", before["stream.json"])}  # one task more
 
 
 def test_a_storage_with_a_run_is_not_taken_up_unasked(run: Path) -> None:

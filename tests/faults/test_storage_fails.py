@@ -13,7 +13,8 @@ from distributed_eg.errors import StorageError
 from distributed_eg.store.storage import TEMPORARY, Storage
 from distributed_eg.store.verification import verify
 from tests.faults.chaos import Chaos, Fault
-from tests.faults.conftest import content, train
+from tests.faults.conftest import train
+from tests.helpers import content
 
 FOREVER = 10**6
 

@@ -244,14 +244,14 @@ def test_tasks_of_an_earlier_call_are_parents_and_are_not_trained_again() -> Non
     "events",
     [
         (TaskArrived(0), TaskArrived(0)),
-        (TaskArrived(7),),
+        (TaskArrived(7), TaskArrived(7)),
         (StreamEnded(), TaskArrived(0)),
         (StageFinished(3, FEATURES, 1),),
         (WorkerJoined("w0", "node"), TaskArrived(0), WorkerLost("w0", "died"), StageFinished(0, FEATURES, 1)),
         (WorkerJoined("w0", "node"), TaskArrived(0), StageFinished(0, AUTOENCODER, 1)),
         (WorkerJoined("w0", "node"), TaskArrived(0), StageFinished(0, FEATURES, 2)),
     ],
-    ids=["arrived twice", "committed before", "after the end", "unknown task", "lost", "other stage", "other attempt"],
+    ids=["arrived twice", "committed twice", "after the end", "unknown task", "lost", "other stage", "other attempt"],
 )
 def test_what_cannot_happen_is_told_with_the_last_events(events: tuple[Event, ...]) -> None:
     machine = Machine([7], has_statistics=True)

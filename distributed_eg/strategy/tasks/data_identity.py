@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,21 @@ def identity_of(dataset: Dataset[object]) -> dict[str, str | int]:
         lines = "".join(f"{json.dumps(plain(value))}\n" for value in values)
         identity["targets"] = hashlib.sha256(lines.encode()).hexdigest()
     return identity
+
+
+def first_shape(dataset: Any) -> tuple[int, ...] | None:
+    """Shape of the first sample's image; None where it cannot be read, or is none yet: the stage that reads all tells.
+
+    As in ``identity_of``, hand in a private copy.
+    """
+    with reproducible(seed=0, threads=1):
+        try:
+            image = dataset[0][0]
+        except BaseException as error:
+            if ends_process(error):
+                raise
+            return None
+    return tuple(image.shape) if isinstance(image, Tensor) and image.ndim == 3 else None
 
 
 def reference_identity(reference: Dataset[object] | str | Path | None) -> dict[str, str | int] | str | None:

@@ -10,14 +10,16 @@ from itertools import chain
 from typing import Any
 
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
+from torch.utils.data import default_collate
 
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import TaskInput
+from distributed_eg.runtime.resuming import differences
 from distributed_eg.runtime.run import Run
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
-from distributed_eg.strategy.tasks.data_identity import identity_of
+from distributed_eg.strategy.tasks.data_identity import first_shape, identity_of
 from distributed_eg.strategy.tasks.experiences import Part, parts_of, task_data, validation_of, with_label
 from distributed_eg.strategy.tasks.task_labels import label_in_samples
 from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
@@ -79,7 +81,7 @@ class Intake:
         self._held: dict[TaskId, tuple[CLExperience, list[WorkerExperience], object]] = {}
         newest = self.run.registry.newest.values()
         self._versions = {manifest.label: manifest.versions for manifest in newest}
-        self._classes = {manifest.label: manifest.classes for manifest in newest}
+        self._interrupted = self.run.interrupted
         self._last = -1
         self._has_told = False
         self._evaluations = None if self.evaluations is None else list(self.evaluations)
@@ -113,32 +115,72 @@ class Intake:
         _, held = self.run.shipper.ship(part.dataset, what)  # so that each leaf is stored once
         copy = self._copy(part.dataset, what)
         identity = {**self.settings, "data": identity_of(copy)}
+        self._check_shape(copy, what)
         part = self._labelled(part, copy)
         del copy
-        before = self._versions.get(part.label, ())
-        if before and self.on_repeat == "error":
-            raise _repeated(part.label, f"as task {before[0]}")
-        task = self._last = max(self.run.registry.number(part.label), self._last + 1)
-        continues = before[-1] if before and self.on_repeat == "continue" else None
-        known = () if continues is None else self._classes[part.label]
-        classes = tuple(sorted({*part.classes, *known}))
-        versions = (*before, task)
-        self._versions[part.label], self._classes[part.label] = versions, classes
         given = self._evaluations
         measured = None if given is None else [other for other in given if other.label == part.label]
-        seed, fraction = self.method.seed, self.method.validation_fraction
-        data = task_data(part, task, seed, fraction, valid=valid, evaluations=measured)
-        shipped, leaves = self.run.shipper.ship(data, what)
-        self._held[task] = (experience, [WorkerExperience(info, dataset) for info, dataset in data.evaluations], leaves)
-        del held
         if valid is not None:
             identity["validation"] = identity_of(
                 self._copy(valid, f"The validation part of experience {part.info.index}")
             )
         if measured is not None:  # plugins may act on what is measured: early stopping does
             identity["evaluations"] = [identity_of(self._copy(other.dataset, _measured(other))) for other in measured]
-        record = TaskRecord(task, part.label, classes, versions, continues, identity)
+        record = self._number(part, identity)
+        seed, fraction = self.method.seed, self.method.validation_fraction
+        data = task_data(part, record.task, seed, fraction, valid=valid, evaluations=measured)
+        shipped, leaves = self.run.shipper.ship(data, what)
+        measures = [WorkerExperience(info, dataset) for info, dataset in data.evaluations]
+        self._held[record.task] = (experience, measures, leaves)
+        del held
         return TaskInput(record, shipped, part.info, uuid.uuid4().hex)
+
+    def _check_shape(self, copy: LabelledDataset, what: str) -> None:
+        """Refuse images that the network cannot take before anything is noted of them. What only a collate function
+        makes images of, or cannot be read, is left to the stage that reads all of them.
+
+        Raises:
+            InputError: the first image has another shape.
+        """
+        shape, wanted = first_shape(copy), self.strategy.model.shape
+        if shape is not None and shape != wanted and getattr(copy, "collate_fn", None) in (None, default_collate):
+            raise InputError(
+                f"{what} holds images of shape {shape}, after their transforms; the model was made with "
+                f"shape={wanted}: resize them in the transform."
+            )
+
+    def _number(self, part: Part, identity: dict[str, Any]) -> TaskRecord:
+        """What arrives: under a number of its own, or under that which a call gave it that was cut off.
+
+        Raises:
+            InputError: it brings a label again where that is refused.
+        """
+        again = self._brought_before(part.label, identity)
+        before = self._versions.get(part.label, ()) if again is None else again.versions[:-1]
+        if again is not None:
+            task = again.task
+        elif before and self.on_repeat == "error":
+            raise _repeated(part.label, f"as task {before[0]}")
+        else:
+            task = max(self.run.registry.number(part.label), self._last + 1)
+        self._last = max(self._last, task)
+        continues = before[-1] if before and self.on_repeat == "continue" else None
+        known = () if continues is None else self.run.registry.arrivals[continues].classes
+        versions = (*before, task)
+        self._versions[part.label] = max(versions, self._versions.get(part.label, ()), key=len)
+        return TaskRecord(task, part.label, tuple(sorted({*part.classes, *known})), versions, continues, identity)
+
+    def _brought_before(self, label: int, identity: dict[str, Any]) -> TaskRecord | None:
+        """What a call that was cut off had brought and that this is again: sealed, and the same in all that it is
+        recognised by; or begun, and not to be passed by what comes after it."""
+        for record in self._interrupted:
+            is_sealed = record.task in self.run.registry.manifests
+            if record.label == label and (
+                not differences(record.identity, identity) if is_sealed else record.task > self._last
+            ):
+                self._interrupted.remove(record)
+                return record
+        return None
 
     def _labelled(self, part: Part, copy: LabelledDataset) -> Part:
         """A part that nobody gave a label, with the one that its samples carry, if they do.

@@ -49,10 +49,14 @@ def adapt(
 
 
 def ask_workers(
-    run: Run, asked: Sequence[tuple[CLExperience, LabelledDataset]], batch_size: int, method: MethodConfig
+    run: Run,
+    registry: Registry,
+    asked: Sequence[tuple[CLExperience, LabelledDataset]],
+    batch_size: int,
+    method: MethodConfig,
 ) -> list[Answers]:
-    """Have the workers route and predict every sample of ``asked``: experiences with the datasets to read."""
-    registry = run.registry
+    """Have the workers route every sample of ``asked``, experiences with the datasets to read, among the sealed tasks
+    of ``registry``, and predict it."""
     shards = max(1, -(-max(1, len(run.workers())) // max(1, len(asked))))
     highest = max(max(manifest.classes) for manifest in registry.newest.values())
     gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())

@@ -21,7 +21,9 @@ from distributed_eg.runtime.identity import Root
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps, load
 from distributed_eg.runtime.run import Run
+from distributed_eg.runtime.signals import terminable
 from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
@@ -32,6 +34,7 @@ from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.predictor import Predictor
 from distributed_eg.strategy.tasks.data_identity import reference_identity
 from distributed_eg.strategy.training.packing import pack_metrics
+from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +72,18 @@ class Driver:
 
     @property
     def registry(self) -> Registry:
-        """What the run's driver has seen; empty before there is a run."""
-        return Registry() if self.run is None else self.run.registry
+        """What the run's driver has seen, or before it has been given anything what the run holds; empty before there
+        is a run."""
+        if self.run is None:
+            return Registry()
+        return self.run.registry if self.run.registry.manifests else self.run.recorded.of_sealed()
+
+    @property
+    def settled(self) -> dict[TaskId, TaskManifest]:
+        """The newest versions of sealed tasks, but for those that a call brought that was cut off."""
+        again = set() if self.run is None else {record.task for record in self.run.interrupted}
+        newest = {} if self.run is None else self.run.registry.newest
+        return {task: manifest for task, manifest in newest.items() if manifest.task not in again}
 
     @property
     def is_closed(self) -> bool:
@@ -81,7 +94,7 @@ class Driver:
         """Registry and relatedness table; empty before there is a run."""
         if self.run is None:
             return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
-        return self.run.registry.tables()
+        return self.registry.tables()
 
     def open(self, settings: Mapping[str, object] | None) -> Run:
         """The run; made at the first call, from ``settings`` beside what this driver was made with, None: to be asked.
@@ -109,12 +122,27 @@ class Driver:
                 raise
             self._close = weakref.finalize(self, run.close)
             self.run, self._layers = run, _layers(model.expert)
+            if settings is None or cluster.resume == "append":
+                self._attach()
         elif _layers(self._model.expert) != self._layers or not self.run.is_root(self._model.expert):
             raise InputError(
                 "The network model.expert was changed since the run began (layers, weights, which parameters learn), "
                 "and its experts come from what it was: make a new model and strategy for a new run."
             )
         return self.run
+
+    def open_to_ask(self) -> Run:
+        """The run, which holds an answer.
+
+        Raises:
+            StorageError: there is none, or no task of it is finished.
+            ExpertGateError: what ``open`` raises.
+        """
+        with terminable():
+            run = self.open(None) if self.run is None else self.run
+        if not self.registry.manifests:
+            raise StorageError(f"The run {run.storage.shown!r} holds no finished task yet: train first.")
+        return run
 
     def close(self, *, in_error: bool = False) -> None:
         """End the workers, and Ray where it was started here. The model keeps its gate and its experts.
@@ -153,9 +181,9 @@ class Driver:
             InputError: nothing is trained yet.
             StorageError: the file cannot be written.
         """
-        if self.run is None or self.run.registry.statistics is None:
+        if self.run is None or self.registry.statistics is None:
             raise InputError("There are no statistics to save yet: call train first.")
-        reference = Reference.of_run(self.run.storage, self.run.registry.statistics)
+        reference = Reference.of_run(self.run.storage, self.registry.statistics)
         reference.save(path, self.method.autoencoder.kind)
 
     def warn_of_unequal_tasks(self) -> None:
@@ -185,15 +213,15 @@ class Driver:
             run.fit_reference(shipped)
 
     def _attach(self) -> None:
-        run, model = self.run, self._model
-        if run is not None and run.registry.manifests and run.registry.statistics is not None:
+        run, model, registry = self.run, self._model, self.registry
+        if run is not None and registry.manifests and registry.statistics is not None:
             if self._reader is None:
                 load = partial(load_tensors, run.storage)
                 self._reader = ExpertReader(
                     load, model.expert, model.head, self.cluster.max_resident_experts, model.device
                 )
-            gate = self._reader.gate(run.registry.gate_ref(self.method))
-            experts = run.registry.expert_refs()
+            gate = self._reader.gate(registry.gate_ref(self.method))
+            experts = registry.expert_refs()
             model.attach(Predictor(gate, experts, self._reader, self.cluster.threads))
 
 

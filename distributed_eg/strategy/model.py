@@ -209,6 +209,10 @@ class ExpertGate(nn.Module):
             head=backbone.get("head"),
             autoencoder=method.autoencoder.kind,
         )
+        # It is the run's: a strategy over it goes on with the run.
+        model.weights, model.pretrained_flag = backbone["weights"], backbone["pretrained"]
+        for name, parameter in model.expert.named_parameters():
+            parameter.requires_grad_(name not in backbone.get("frozen", ()))
         try:
             model.expert.load_state_dict(load_tensors(storage, Artifact(**backbone["root"])))
         except RuntimeError as error:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-import pyarrow as pa
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from avalanche.training.plugins import EvaluationPlugin
@@ -23,23 +22,22 @@ from distributed_eg.errors import InputError
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps
 from distributed_eg.runtime.signals import terminable
-from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.strategy import checks, plugin_table
 from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate, torch_device
+from distributed_eg.strategy.run_holder import RunHolder
 from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
-from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.single_expert import SingleExpert
 from distributed_eg.strategy.training.trainer import StrategyTrainer
 from distributed_eg.types import OnRepeat
 
 
-class ExpertGateStrategy(ExpertLoop):
+class ExpertGateStrategy(RunHolder):
     """Expert Gate: an autoencoder and an expert a task, a gate that routes each test image by itself.
 
     Tasks of a stream train in parallel, as their dependencies allow, on Ray workers; each expert trains in a copy of
@@ -184,26 +182,6 @@ class ExpertGateStrategy(ExpertLoop):
         asked = None if device is None else str(device)
         self._driver = Driver(self, own_names, self.method, cluster or ClusterConfig(), asked, reference, observer)
 
-    @property
-    def registry(self) -> pa.Table:
-        """One row a task: task, label, parent (null: the root), transfer, num_classes, hashes, train_s, worker."""
-        return self._driver.tables()[0]
-
-    @property
-    def relatedness(self) -> pa.Table:
-        """One row a task and candidate (null: the root): errors, unit, relatedness, which was chosen, and how."""
-        return self._driver.tables()[1]
-
-    @property
-    def run_dir(self) -> str | None:
-        """The run directory's path or URI, to open the run by, and so with whatever secrets the URI holds: mind where
-        you print it. None before the first ``train``."""
-        return None if self._driver.run is None else self._driver.run.storage.uri
-
-    def workers(self) -> list[WorkerJoined]:
-        """Name and node of each worker that is up; none before the first ``train``."""
-        return [] if self._driver.run is None else self._driver.run.workers()
-
     def train(
         self,
         experiences: CLExperience | Iterable[CLExperience],
@@ -240,7 +218,7 @@ class ExpertGateStrategy(ExpertLoop):
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
-            check_experiences(sized, driver.registry.newest, self.on_repeat)
+            check_experiences(sized, driver.settled, self.on_repeat)
         dumps(kwargs, "An argument of train")  # before there is a run
         trainer = StrategyTrainer(pack(self, {"_driver"}, driver.fresh_metrics), kwargs)
         settings = {**self._settings(), "loader": plain_values(kwargs)}
@@ -250,6 +228,8 @@ class ExpertGateStrategy(ExpertLoop):
         with terminable(), driver.open(settings).working() as run:
             shipped_trainer, _held = run.shipper.ship(trainer, "An argument of train")
             intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
+            if driver.cluster.resume == "append" and isinstance(sized, list):
+                check_experiences(sized, driver.settled, self.on_repeat)
             try:
                 with driver.attaching():
                     run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)
@@ -264,6 +244,9 @@ class ExpertGateStrategy(ExpertLoop):
     ) -> dict[str, Any]:
         """Evaluate on one experience, a list or a stream; each sample is routed by itself.
 
+        Before any training the model's root network answers, as Avalanche's model does, or with
+        ``ClusterConfig(resume=…)`` the run that the storage holds.
+
         Returns:
             The last value of every metric: the evaluator's, and ``Gate_Acc_…``, ``Expert_Acc_…``, ``EndToEnd_Acc_…``
             per experience and for the stream.
@@ -274,19 +257,20 @@ class ExpertGateStrategy(ExpertLoop):
                 return self._eval(exp_list, **kwargs)
         checks.check_loader_arguments(self, kwargs, "eval")
         driver = self._driver
-        if driver.run is None or not driver.registry.manifests:
+        if driver.run is None and not driver.cluster.resume:
             return self._eval(exp_list, **kwargs)
         if driver.is_closed:
             kept = "" if driver.cluster.storage is None else ", or ExpertGate.load(run_dir)"
             raise InputError(f"This strategy was closed; predict with strategy.model{kept}.")
+        run = driver.open_to_ask()
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
         asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
         with terminable(), torch.random.fork_rng(devices=[]):
             measure_start(self, asked, kwargs)
-        with terminable(), driver.run.working() as run:
-            self._answers.extend(ask_workers(run, asked, self.eval_mb_size, self.method))
+        with terminable(), run.working():
+            self._answers.extend(ask_workers(run, driver.registry, asked, self.eval_mb_size, self.method))
         self.plugins.insert(0, driver.reporter)
         try:
             with terminable():
@@ -317,27 +301,6 @@ class ExpertGateStrategy(ExpertLoop):
             return output
         outputs, self.routed = self._current.take(self.mb_y)
         return outputs.to(self.device)
-
-    def save_reference(self, path: str | os.PathLike[str]) -> None:
-        """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
-
-        Raises:
-            InputError: ``path`` is none, or nothing is trained yet.
-        """
-        self._driver.save_reference(given.path(path, "path"))
-
-    def close(self) -> None:
-        """End the workers, and Ray where it was started here and no other strategy of this process uses it. The model
-        keeps its gate and its experts."""
-        self._driver.close()
-
-    def __enter__(self) -> ExpertGateStrategy:
-        """The strategy itself."""
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        """Close it."""
-        self._driver.close(in_error=error_type is not None)
 
     def _settings(self) -> dict[str, object]:
         """What a resumed run is compared by, beside the method's numbers."""

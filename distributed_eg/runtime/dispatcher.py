@@ -189,7 +189,9 @@ class Dispatcher:
         newest: dict[TaskId, TaskId] = {}
         for task in sorted(registry.autoencoders):
             # An autoencoder that an earlier, failed call left behind has no expert to start from.
-            if task < task_input.record.task and (task in registry.manifests or task in self._tasks):
+            mine = task_input.record.task
+            is_there = task in registry.manifests or task in self._tasks
+            if task < mine and is_there and not registry.is_hidden(task, mine):
                 newest[registry.arrivals[task].versions[0]] = task
         root = registry.statistics.root_autoencoder if registry.statistics else None
         earlier = [(task, registry.autoencoders[task].artifact) for task in sorted(newest.values())]

@@ -88,14 +88,15 @@ def _whole_stages(storage: Storage, recorded: Registry, registry: Registry, task
     autoencoder, manifest = recorded.autoencoders.get(task), recorded.manifests.get(task)
     if task in recorded.timings:
         registry.add(recorded.timings[task])
-    if autoencoder is not None and is_whole(storage, autoencoder.artifact):
+    is_swept = recorded.is_swept(task)  # nobody needs its weights, which may be gone
+    if autoencoder is not None and (is_swept or is_whole(storage, autoencoder.artifact)):
         registry.add(autoencoder)
         yield Stage.AUTOENCODER
         yield Stage.FEATURES
     if task in recorded.relatedness:
         registry.add(recorded.relatedness[task])
         yield Stage.RELATE
-    if manifest is not None and task in recorded.relatedness and is_whole(storage, manifest.expert):
+    if manifest is not None and task in recorded.relatedness and (is_swept or is_whole(storage, manifest.expert)):
         registry.add(manifest)
         yield Stage.EXPERT
 

@@ -19,6 +19,7 @@ from distributed_eg.runtime.dispatcher import Dispatcher, TaskSource
 from distributed_eg.runtime.engine import Engine
 from distributed_eg.runtime.identity import Root, known_run, new_record
 from distributed_eg.runtime.inline import InlineEngine
+from distributed_eg.runtime.life import Life
 from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
 from distributed_eg.runtime.pool import run_all
 from distributed_eg.runtime.resuming import is_whole
@@ -28,7 +29,7 @@ from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.schedule.machine import Machine
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
-from distributed_eg.store.records import StatisticsRecord, StreamRecord, TaskRecord
+from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.store.weights import load_tensors, pack_tensors
@@ -75,11 +76,14 @@ class Run:
         self._has_reference = False
         self.recorded = engine.coordinator.registry().snapshot()
         """What earlier drivers left."""
-        self.registry = Registry(statistics=self._whole_statistics())
+        self.registry = Registry(statistics=self._whole_statistics(), retirements=dict(self.recorded.retirements))
         """What this driver has seen: a resumed run's tasks come in as the stream brings them again, those of one that
         is appended to are there."""
-        if setup.cluster.resume == "append":
+        follows = setup.cluster.resume == "append"
+        if follows:
             self.registry = replace(self.recorded.of_sealed(), statistics=self.registry.statistics)
+        self.life = Life(storage, lease.generation, self.recorded, self.registry, follows)
+        """What becomes of its tasks beside their training."""
         self._num_ended: int | None = None
 
     @staticmethod
@@ -228,27 +232,15 @@ class Run:
         self._engine.coordinator.export()
         self._num_ended = max(registry.arrivals, default=-1) + 1
 
-    @property
-    def interrupted(self) -> list[TaskRecord]:
-        """What a call brought that was cut off, of a run that is appended to."""
-        if self._setup.cluster.resume != "append":
-            return []
-        return [record for task, record in sorted(self.registry.arrivals.items()) if task >= self.registry.num_ended]
-
     def note_end(self) -> None:
-        """Note that the last call that ended well did, so that what is brought from now on comes after it: when the
-        next one begins, and when the user closes the run. A driver that dies before may be sent again with the same
-        stream.
+        """Note that the last call that ended well did: when the next one begins, and when the user closes the run. A
+        driver that dies before may be sent again with the same stream.
 
         Raises:
             StorageError: the run directory cannot be written.
         """
-        known = self.registry.stream or self.recorded.stream
-        if self._num_ended is None or (known is not None and known.num_tasks >= self._num_ended):
-            return
-        if not superseded(self.storage, self._lease.generation):
-            self.registry.stream = StreamRecord(self._num_ended)
-            records.seal(self.storage, self.registry.stream)
+        if self._num_ended is not None:
+            self.life.end_calls(self._num_ended)
 
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
         """Carry out ``requests`` on the workers; results in their order."""

@@ -10,6 +10,7 @@
     tasks/00003/relatedness.json          the task's row of the relatedness table, and its parent
     tasks/00003/manifest.json             the seal: names the expert and the hashes of all of the above
     tasks/00003/timings.json              who did what for how long; never hashed
+    tasks/00003/retirement.json           when the gate did without the task; not there for one that was never retired
     tasks/00003/checkpoint.json           names checkpoint-<hash>.safetensors while the expert trains; gone afterwards
     tables/registry.parquet, tables/relatedness.parquet   exports for people, rebuilt from the records
 

@@ -161,6 +161,35 @@ class TaskTimings(RecordOfTask):
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Tasks by number: from ``since`` to before ``until``, None: all that follow."""
+
+    since: TaskId
+    until: TaskId | None
+
+
+@dataclass(frozen=True, slots=True)
+class RetirementRecord(RecordOfTask):
+    """When a task, by the number that users see, was no part of the gate."""
+
+    name: ClassVar[str] = "retirement"
+    is_replaced: ClassVar[bool] = True
+    spans: tuple[Span, ...]
+    """Tasks that arrive in one of them do not know of it."""
+    is_swept: bool
+    """Whether its weights may be gone: it cannot be restored any more."""
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether it is no part of the gate now."""
+        return bool(self.spans) and self.spans[-1].until is None
+
+    def hides_from(self, task: TaskId) -> bool:
+        """Whether ``task`` came while it was retired."""
+        return any(span.since <= task and (span.until is None or task < span.until) for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointRecord(RecordOfTask):
     """An expert's training after ``epochs`` epochs; see ``store/checkpoints.py``."""
 
@@ -173,7 +202,8 @@ class CheckpointRecord(RecordOfTask):
 
 KINDS: tuple[type[Record], ...] = (
     *(RunRecord, StatisticsRecord, StreamRecord),
-    *(TaskRecord, AutoencoderRecord, RelatednessRecord, TaskManifest, TaskTimings, CheckpointRecord),
+    *(TaskRecord, AutoencoderRecord, RelatednessRecord, TaskManifest, TaskTimings),
+    *(RetirementRecord, CheckpointRecord),
 )
 """Every kind of record, in the order in which a task gets them."""
 

@@ -18,6 +18,7 @@ from distributed_eg.store.records import (
     Record,
     RecordOfTask,
     RelatednessRecord,
+    RetirementRecord,
     StatisticsRecord,
     StreamRecord,
     TaskManifest,
@@ -38,6 +39,7 @@ _PLACES: dict[type[Record], str] = {
     RelatednessRecord: "relatedness",
     TaskManifest: "manifests",
     TaskTimings: "timings",
+    RetirementRecord: "retirements",
 }
 """The field of ``Registry`` that each kind of record is in."""
 
@@ -53,6 +55,7 @@ class Registry:
     relatedness: dict[TaskId, RelatednessRecord] = field(default_factory=dict)
     manifests: dict[TaskId, TaskManifest] = field(default_factory=dict)
     timings: dict[TaskId, TaskTimings] = field(default_factory=dict)
+    retirements: dict[TaskId, RetirementRecord] = field(default_factory=dict)
 
     @staticmethod
     def read(storage: Storage, *, without_damaged: bool = False) -> Registry:
@@ -116,6 +119,22 @@ class Registry:
         """The newest version of each sealed task, by the number that users see."""
         return {self.manifests[task].versions[0]: self.manifests[task] for task in sorted(self.manifests)}
 
+    @property
+    def active(self) -> dict[TaskId, TaskManifest]:
+        """``newest``, but for the tasks that are retired: those that the gate chooses among."""
+        gone = {task for task, record in self.retirements.items() if record.is_retired}
+        return {task: manifest for task, manifest in self.newest.items() if task not in gone}
+
+    def is_hidden(self, task: TaskId, of: TaskId) -> bool:
+        """Whether a sealed task, in whatever version, was retired when task ``of`` came."""
+        record = self.retirements.get(self.arrivals[task].versions[0])
+        return record is not None and record.hides_from(of)
+
+    def is_swept(self, task: TaskId) -> bool:
+        """Whether a task's weights, in whatever version, may be gone."""
+        record = self.retirements.get(self.arrivals[task].versions[0])
+        return record is not None and record.is_swept
+
     def of_label(self, label: int) -> TaskManifest | None:
         """The newest sealed version of the task with that label."""
         return next((manifest for manifest in self.newest.values() if manifest.label == label), None)
@@ -140,13 +159,14 @@ class Registry:
         return ExpertRef(manifest.expert, manifest.classes)
 
     def expert_refs(self) -> dict[TaskId, ExpertRef]:
-        """Where each task's newest expert is, by the number that users see."""
-        return {task: self.expert_ref(manifest.task) for task, manifest in self.newest.items()}
+        """Where the newest expert of each task is that is not retired, by the number that users see."""
+        return {task: self.expert_ref(manifest.task) for task, manifest in self.active.items()}
 
     def gate_ref(self, method: MethodConfig) -> GateRef:
-        """Where everything is that the gate over all sealed tasks, in their newest versions, needs."""
+        """Where everything is that the gate over all sealed tasks that are not retired, in their newest versions,
+        needs."""
         assert self.statistics is not None
-        autoencoders = tuple((task, manifest.autoencoder) for task, manifest in sorted(self.newest.items()))
+        autoencoders = tuple((task, manifest.autoencoder) for task, manifest in sorted(self.active.items()))
         kind = method.autoencoder.kind
         return GateRef(kind, self.statistics, autoencoders, method.temp, method.confidence_threshold)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -63,7 +63,7 @@ def verify(storage: Storage) -> Verification:
     damages += _missing(storage, found)
     sizes = {path: artifact.size_bytes for path, artifact in found.artifacts.items()}
     checked: set[Artifact] = set()
-    harmed = {damage.path for damage in damages}
+    harmed = {damage.path for damage in damages} | _forgotten(found, only_swept=True)
     for record in found.records.values():
         for artifact in record.artifacts:
             if artifact in checked or artifact.path in harmed:
@@ -117,10 +117,10 @@ def rebuild_tables(storage: Storage) -> None:
 def unnamed(storage: Storage) -> list[str]:
     """The files of the run directory that nothing names, records first, in the order in which they may be deleted.
 
-    Those are weights of earlier attempts, checkpoints of sealed tasks, and what killed writers left. Where a record
-    cannot be read, or names a file that is not there, it may have named any file of its task (or, if it is the run's,
-    any outside of the tasks), and none of them counts. Files of other kinds and in other places are not this
-    package's, and are left alone.
+    Those are weights of earlier attempts and of retired tasks, checkpoints of sealed tasks, and what killed writers
+    left. Where a record cannot be read, or names a file that is not there, it may have named any file of its task (or,
+    if it is the run's, any outside of the tasks), and none of them counts. Files of other kinds and in other places are
+    not this package's, and are left alone.
 
     Raises:
         StorageError: the run directory cannot be listed.
@@ -128,7 +128,14 @@ def unnamed(storage: Storage) -> list[str]:
     found = records.read_all(storage)
     known = found.records.values()
     over = {records.CheckpointRecord.path_of(r.task) for r in known if isinstance(r, records.TaskManifest)}
-    named = [(record, file.path) for record in known if record.path not in over for file in record.artifacts]
+    gone = over | _forgotten(found)
+    named = [
+        (record, file.path)
+        for record in known
+        if record.path not in over
+        for file in record.artifacts
+        if file.path not in gone
+    ]
     files, paths = storage.walk(), {path for _, path in named}
     lost = paths.difference(files)
     doubtful = {_task_of(path) for path in found.errors} | {_task_of(r.path) for r, path in named if path in lost}
@@ -162,11 +169,37 @@ def collect(storage: Storage, *, dry_run: bool = False) -> dict[str, int]:
     lease = Lease.acquire(storage)
     try:
         sizes = {path: storage.size(path) for path in unnamed(storage)}
+        # First: what is half removed is not missed.
+        for record in records.read_all(storage, [records.RetirementRecord]).records.values():
+            if isinstance(record, records.RetirementRecord) and record.is_retired and not record.is_swept:
+                records.seal(storage, replace(record, is_swept=True))
         for path in sizes:
             storage.delete(path)
         return sizes
     finally:
         lease.release()
+
+
+def _forgotten(found: records.StoredRecords, *, only_swept: bool = False) -> set[str]:
+    """The weights of retired tasks that no begun task starts from, or of those whose files may have been removed."""
+    known = found.records.values()
+    manifests = {record.task: record for record in known if isinstance(record, records.TaskManifest)}
+    needed = {
+        record.choice.parent
+        for record in known
+        if isinstance(record, records.RelatednessRecord) and record.task not in manifests
+    }
+    retired = {
+        record.task
+        for record in known
+        if isinstance(record, records.RetirementRecord) and record.is_retired and (record.is_swept or not only_swept)
+    }
+    return {
+        artifact.path
+        for manifest in manifests.values()
+        if manifest.versions[0] in retired and (only_swept or manifest.task not in needed)
+        for artifact in (manifest.autoencoder, manifest.expert)
+    }
 
 
 def _read(storage: Storage, path: str) -> bytes | None:

@@ -31,7 +31,7 @@ def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Re
     else:
         label = label_in_samples(dataset) if labels is None else labels[0]
         of_sample = [index_of(experience) if label is None else label] * len(dataset)
-    tasks = {manifest.label: task for task, manifest in registry.newest.items()}
+    tasks = {manifest.label: task for task, manifest in registry.active.items()}
     return [tasks.get(label, -1) for label in of_sample]
 
 
@@ -58,7 +58,7 @@ def ask_workers(
     """Have the workers route every sample of ``asked``, experiences with the datasets to read, among the sealed tasks
     of ``registry``, and predict it."""
     shards = max(1, -(-max(1, len(run.workers())) // max(1, len(asked))))
-    highest = max(max(manifest.classes) for manifest in registry.newest.values())
+    highest = max(max(manifest.classes) for manifest in registry.active.values())
     gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
     gate_and_experts, _ = run.shipper.ship(gate, "The gate")
     plans: list[list[EvaluateRequest]] = []

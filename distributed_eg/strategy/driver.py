@@ -6,18 +6,21 @@ import logging
 import pickle
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from functools import partial
 
 import pyarrow as pa
+from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
 from torch import nn
 from torch.utils.data import Dataset
 
+from distributed_eg import given
 from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError, StorageError
 from distributed_eg.runtime.identity import Root
+from distributed_eg.runtime.life import Life
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps, load
 from distributed_eg.runtime.run import Run
@@ -33,8 +36,9 @@ from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.predictor import Predictor
 from distributed_eg.strategy.tasks.data_identity import reference_identity
+from distributed_eg.strategy.tasks.intake import check_experiences
 from distributed_eg.strategy.training.packing import pack_metrics
-from distributed_eg.types import TaskId
+from distributed_eg.types import OnRepeat, TaskId
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +83,42 @@ class Driver:
         return self.run.registry if self.run.registry.manifests else self.run.recorded.of_sealed()
 
     @property
+    def follows(self) -> bool:
+        """Whether what is given follows what the run holds, rather than being all of it."""
+        return self.cluster.resume == "append"
+
+    @property
+    def retired(self) -> set[int]:
+        """Labels of the tasks that the gate does without."""
+        registry = self.registry
+        return {registry.newest[task].label for task in registry.newest.keys() - registry.active.keys()}
+
+    def check(self, experiences: list[CLExperience], on_repeat: OnRepeat) -> None:
+        """Find what cannot be used of the next call's experiences, as far as is known of the run.
+
+        Raises:
+            InputError: an experience cannot be used, or brings a label again where that is refused.
+        """
+        # A stream that is brought again may hold what was retired since.
+        retired = set() if self.cluster.resume is True else self.retired
+        check_experiences(experiences, self.settled, on_repeat, retired)
+
+    def task_of(self, label: int) -> TaskId:
+        """The number that users see of the sealed task with that label.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = self.registry.of_label(given.whole(label, "label"))
+        if found is None:
+            known = ", ".join(str(manifest.label) for manifest in self.registry.newest.values())
+            raise InputError(f"No finished task has the label {label}; those that are finished have {known or 'none'}.")
+        return found.versions[0]
+
+    @property
     def settled(self) -> dict[TaskId, TaskManifest]:
         """The newest versions of sealed tasks, but for those that a call brought that was cut off."""
-        again = set() if self.run is None else {record.task for record in self.run.interrupted}
+        again = set() if self.run is None else {record.task for record in self.run.life.interrupted()}
         newest = {} if self.run is None else self.run.registry.newest
         return {task: manifest for task, manifest in newest.items() if manifest.task not in again}
 
@@ -122,7 +159,7 @@ class Driver:
                 raise
             self._close = weakref.finalize(self, run.close)
             self.run, self._layers = run, _layers(model.expert)
-            if settings is None or cluster.resume == "append":
+            if settings is None or self.follows:
                 self._attach()
         elif _layers(self._model.expert) != self._layers or not self.run.is_root(self._model.expert):
             raise InputError(
@@ -143,6 +180,32 @@ class Driver:
         if not self.registry.manifests:
             raise StorageError(f"The run {run.storage.shown!r} holds no finished task yet: train first.")
         return run
+
+    def open_to_answer(self) -> Run:
+        """The run, whose gate knows a task.
+
+        Raises:
+            StorageError: all are retired; and what ``open_to_ask`` raises.
+        """
+        run = self.open_to_ask()
+        if not self.registry.active:
+            raise StorageError(
+                f"Every finished task of the run {run.storage.shown!r} is retired, and the gate has nothing to choose "
+                "from: strategy.restore(label) takes one back."
+            )
+        return run
+
+    def change(self, change: Callable[[Life], None]) -> None:
+        """Change which tasks the gate knows; the model hears of it.
+
+        Raises:
+            ExpertGateError: what ``change`` and ``open_to_ask`` raise.
+        """
+        if self.is_closed:
+            raise InputError("This strategy was closed; make a new one.")
+        run = self.open_to_ask()
+        change(run.life)
+        self._attach()
 
     def close(self, *, in_error: bool = False) -> None:
         """End the workers, and Ray where it was started here. The model keeps its gate and its experts.
@@ -189,7 +252,7 @@ class Driver:
     def warn_of_unequal_tasks(self) -> None:
         """Say where the gate is known to be weak: a small task's subspace explains its own unseen images worse."""
         registry = self.registry
-        sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.newest.items()}
+        sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.active.items()}
         if not sizes:
             return
         smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])

@@ -43,14 +43,20 @@ class Predictor:
 
     def predict(self, images: Tensor, features_of: FeaturesOf) -> Tensor:
         """Log-probabilities (n, highest class id + 1) of the experts that answer for each image."""
-        width = 1 + max(max(ref.classes) for ref in self.experts.values())
         with self._alike(images):
+            width = 1 + max(max(ref.classes) for ref in self.experts.values())
             weights = self.gate.answering(self.gate.route(features_of(images)))
             return combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
 
     @contextmanager
     def _alike(self, images: Tensor) -> Iterator[None]:
-        """Compute as the run's workers do, whatever the caller has set around it."""
+        """Compute as the run's workers do, whatever the caller has set around it.
+
+        Raises:
+            InputError: there is nothing to choose from.
+        """
+        if not self.experts:
+            raise InputError("Every task is retired, and nothing can answer: strategy.restore(label) takes one back.")
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), reproducible(0, self.threads):
             yield
 

@@ -38,6 +38,27 @@ class RunHolder(ExpertLoop):
         """Name and node of each worker that is up; none before the first ``train``."""
         return [] if self._driver.run is None else self._driver.run.workers()
 
+    def retire(self, label: int) -> None:
+        """Have the gate do without the task with that label, from now on and for tasks to come; twice is once.
+
+        Its files are kept until ``distributed-eg gc`` removes them, and experts that came from its own keep all that
+        they have.
+
+        Raises:
+            InputError: no finished task has the label.
+            StorageError: the run holds no finished task, or cannot be written.
+        """
+        self._driver.change(lambda life: life.retire(self._driver.task_of(label)))
+
+    def restore(self, label: int) -> None:
+        """Undo ``retire``; twice is once.
+
+        Raises:
+            InputError: no finished task has the label, or its weights are gone.
+            StorageError: the run holds no finished task, or cannot be written.
+        """
+        self._driver.change(lambda life: life.restore(self._driver.task_of(label)))
+
     def save_reference(self, path: str | os.PathLike[str]) -> None:
         """Write this run's statistics, and the root's autoencoder where it has one, for another run's ``reference``.
 

@@ -29,7 +29,8 @@ from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate, torch_device
 from distributed_eg.strategy.run_holder import RunHolder
-from distributed_eg.strategy.tasks.intake import Intake, Streams, check_experiences, evaluation_parts
+from distributed_eg.strategy.tasks.experiences import parts_of
+from distributed_eg.strategy.tasks.intake import Intake, Streams, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.single_expert import SingleExpert
@@ -218,7 +219,7 @@ class ExpertGateStrategy(RunHolder):
         sized = [experiences] if not isinstance(experiences, Iterable) else experiences
         if hasattr(sized, "__len__"):
             sized = list(sized)
-            check_experiences(sized, driver.settled, self.on_repeat)
+            driver.check(sized, self.on_repeat)
         dumps(kwargs, "An argument of train")  # before there is a run
         trainer = StrategyTrainer(pack(self, {"_driver"}, driver.fresh_metrics), kwargs)
         settings = {**self._settings(), "loader": plain_values(kwargs)}
@@ -228,8 +229,8 @@ class ExpertGateStrategy(RunHolder):
         with terminable(), driver.open(settings).working() as run:
             shipped_trainer, _held = run.shipper.ship(trainer, "An argument of train")
             intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
-            if driver.cluster.resume == "append" and isinstance(sized, list):
-                check_experiences(sized, driver.settled, self.on_repeat)
+            if driver.follows and isinstance(sized, list):  # now that it is known what the run holds
+                driver.check(sized, self.on_repeat)
             try:
                 with driver.attaching():
                     run.train(intake, len(sized) if isinstance(sized, list) else None, shipped_trainer)
@@ -237,6 +238,21 @@ class ExpertGateStrategy(RunHolder):
                 self._train_cleanup()
         driver.warn_of_unequal_tasks()
         return dict(self.evaluator.get_last_metrics())
+
+    def update(self, experience: CLExperience, **kwargs: Any) -> dict[str, Any]:
+        """Train the next version of a task that the run knows on new data, as ``on_repeat`` says.
+
+        Arguments and the rest are ``train``'s.
+
+        Raises:
+            InputError: no finished task has the experience's label, or the run's stream is to be brought first.
+        """
+        run = self._driver.open_to_ask()
+        for label in [part.label for part in parts_of(experience) if part.is_labelled]:
+            self._driver.task_of(label)
+            if run.registry.of_label(label) is None:
+                raise InputError("resume=True wants the whole stream first; resume='append' goes on from its end.")
+        return self.train([experience], **kwargs)
 
     @torch.no_grad()
     def eval(  # type: ignore[override]  # exp_list is the seed's name for Avalanche's own "experiences"
@@ -262,7 +278,7 @@ class ExpertGateStrategy(RunHolder):
         if driver.is_closed:
             kept = "" if driver.cluster.storage is None else ", or ExpertGate.load(run_dir)"
             raise InputError(f"This strategy was closed; predict with strategy.model{kept}.")
-        run = driver.open_to_ask()
+        run = driver.open_to_answer()
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)

@@ -21,10 +21,13 @@ from distributed_eg.store.records import (
     Record,
     RecordOfTask,
     RelatednessRecord,
+    RetirementRecord,
     RunRecord,
+    Span,
     StageTiming,
     StatisticsRecord,
     StoredRecords,
+    StreamRecord,
     TaskManifest,
     TaskRecord,
     TaskTimings,
@@ -61,6 +64,7 @@ NAMED: list[tuple[Record, str, list[str]]] = [
     (RUN, "run.json", ["root"]),
     (STATISTICS, "statistics.json", ["s", "root"]),
     (replace(STATISTICS, root_autoencoder=None), "statistics.json", ["s"]),
+    (StreamRecord(4), "stream.json", []),
     (ARRIVAL, "tasks/00003/task.json", []),
     (AUTOENCODER, "tasks/00003/autoencoder.json", ["a"]),
     (RELATEDNESS, "tasks/00003/relatedness.json", []),
@@ -73,6 +77,7 @@ NAMED: list[tuple[Record, str, list[str]]] = [
     (replace(MANIFEST, parent=None, transfer="fresh", distillation=None), "tasks/00003/manifest.json", ["a", "r", "e"]),
     (TIMINGS, "tasks/00003/timings.json", []),
     (CHECKPOINT, "tasks/00003/checkpoint.json", ["c"]),
+    (RetirementRecord(3, (Span(4, 6), Span(7, None)), False), "tasks/00003/retirement.json", []),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -32,15 +32,20 @@ Streams = Sequence[CLExperience | Iterable[CLExperience]]
 
 
 def check_experiences(
-    experiences: Iterable[CLExperience], sealed: Mapping[TaskId, TaskManifest], on_repeat: OnRepeat
+    experiences: Iterable[CLExperience],
+    sealed: Mapping[TaskId, TaskManifest],
+    on_repeat: OnRepeat,
+    retired: Collection[int] = (),
 ) -> None:
-    """Find what cannot be used before anything is begun.
+    """Find what cannot be used before anything is begun; ``retired`` are labels of tasks that the gate does without.
 
     Raises:
         InputError: an experience cannot be used, or brings a label again where that is refused.
     """
     known = {manifest.label: f"as task {task}" for task, manifest in sealed.items()}
     for part in (part for experience in experiences for part in parts_of(experience)):
+        if part.label in retired:
+            raise _retired(part.label)
         if part.label in known and on_repeat == "error":
             raise _repeated(part.label, known[part.label])
         known[part.label] = "in the same stream"
@@ -81,7 +86,7 @@ class Intake:
         self._held: dict[TaskId, tuple[CLExperience, list[WorkerExperience], object]] = {}
         newest = self.run.registry.newest.values()
         self._versions = {manifest.label: manifest.versions for manifest in newest}
-        self._interrupted = self.run.interrupted
+        self._interrupted = self.run.life.interrupted()
         self._last = -1
         self._has_told = False
         self._evaluations = None if self.evaluations is None else list(self.evaluations)
@@ -153,7 +158,7 @@ class Intake:
         """What arrives: under a number of its own, or under that which a call gave it that was cut off.
 
         Raises:
-            InputError: it brings a label again where that is refused.
+            InputError: it brings a label again where that is refused, or that of a retired task.
         """
         again = self._brought_before(part.label, identity)
         before = self._versions.get(part.label, ()) if again is None else again.versions[:-1]
@@ -163,6 +168,9 @@ class Intake:
             raise _repeated(part.label, f"as task {before[0]}")
         else:
             task = max(self.run.registry.number(part.label), self._last + 1)
+        retirement = self.run.registry.retirements.get(before[0]) if before else None
+        if retirement is not None and retirement.is_retired and task not in self.run.recorded.manifests:
+            raise _retired(part.label)
         self._last = max(self._last, task)
         continues = before[-1] if before and self.on_repeat == "continue" else None
         known = () if continues is None else self.run.registry.arrivals[continues].classes
@@ -216,6 +224,10 @@ class Intake:
 
 def _measured(part: Part) -> str:
     return f"The dataset of experience {part.info.index} of the stream {part.info.stream!r}"
+
+
+def _retired(label: int) -> InputError:
+    return InputError(f"Label {label} is of a retired task: strategy.restore({label}) comes before training on it.")
 
 
 def _repeated(label: int, where: str) -> InputError:

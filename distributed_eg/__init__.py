@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from distributed_eg.config import ClusterConfig as ClusterConfig
     from distributed_eg.strategy.metrics import gate_metrics as gate_metrics
     from distributed_eg.strategy.model import ExpertGate as ExpertGate
+    from distributed_eg.strategy.predicting import Prediction as Prediction
     from distributed_eg.strategy.strategy import ExpertGateStrategy as ExpertGateStrategy
 
 _HOMES = {
     "ClusterConfig": "distributed_eg.config",
     "ExpertGate": "distributed_eg.strategy.model",
     "ExpertGateStrategy": "distributed_eg.strategy.strategy",
+    "Prediction": "distributed_eg.strategy.predicting",
     "gate_metrics": "distributed_eg.strategy.metrics",
     "make_benchmark": "distributed_eg.benchmarks",
 }
 
-__all__ = ["ClusterConfig", "ExpertGate", "ExpertGateStrategy", "gate_metrics", "make_benchmark"]
+__all__ = ["ClusterConfig", "ExpertGate", "ExpertGateStrategy", "Prediction", "gate_metrics", "make_benchmark"]
 
 
 def __getattr__(name: str) -> object:

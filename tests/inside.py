@@ -70,7 +70,9 @@ def shipped_trainer_of(strategy: ExpertGateStrategy) -> Shipped:
 def intake_of(strategy: ExpertGateStrategy, experiences: Any) -> Any:
     """What reads a stream for the strategy's run, which is opened."""
     run = strategy._driver.open({})
-    return Intake(strategy, run, strategy.method, strategy.on_repeat, {}, experiences, None, None)
+    return Intake(
+        strategy, run, strategy.method, strategy.on_repeat, {}, experiences, None, None, strategy._driver.told
+    )
 
 
 def task_input(

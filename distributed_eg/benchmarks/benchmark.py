@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import add
 from typing import Any, TypeAlias
 
 from avalanche.benchmarks import CLExperience, CLScenario, CLStream, benchmark_from_datasets, task_incremental_benchmark
+from avalanche.benchmarks.scenarios import DatasetExperience, EagerCLStream, with_task_labels
+from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
-from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
 from torch.utils.data import Dataset
 
@@ -24,7 +27,7 @@ Scenario: TypeAlias = CLScenario[CLStream[CLExperience]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A sequence of classification tasks; experience k of each stream has task label k."""
+    """A sequence of classification tasks; experience k of each stream has the k-th label."""
 
     name: str
     scenario: Scenario
@@ -34,8 +37,61 @@ class Benchmark:
     """The domain of each task: tasks of one domain look alike."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
-    num_classes: int
-    """Class ids are 0 ... num_classes - 1 over all tasks; no two tasks share one."""
+    class_names: Mapping[int, str]
+    """By class id; no two tasks share one."""
+    transform: Callable[..., object]
+    """Makes of an image file what the streams hold."""
+    labels: tuple[int, ...]
+    """Task label of each task."""
+
+    @property
+    def num_classes(self) -> int:
+        """Over all tasks."""
+        return len(self.class_names)
+
+
+def part_of(benchmark: Benchmark, tasks: Sequence[int] | None, first_label: int, first_class: int) -> Benchmark:
+    """The tasks at these positions, None: all, with labels and class ids that start higher: what follows another
+    benchmark in one run.
+
+    Raises:
+        InputError: there is no task at such a position, or one is named twice.
+    """
+    all_tasks = range(len(benchmark.labels))
+    chosen = list(all_tasks) if tasks is None else [given.whole(task, "tasks", least=0) for task in tasks]
+    if not chosen or len(set(chosen)) < len(chosen) or max(chosen) not in all_tasks:
+        raise InputError(f"tasks is {chosen}; {benchmark.name} has the tasks 0 to {all_tasks[-1]}, each once.")
+    first_label = given.whole(first_label, "first_label")
+    first_class = given.whole(first_class, "first_class", least=0)
+    if (chosen, first_label, first_class) == (list(all_tasks), 0, 0):
+        return benchmark
+    labels = [benchmark.labels[task] + first_label for task in chosen]
+    streams, classes = [], set()
+    for name, stream in benchmark.scenario.streams.items():
+        experiences = []
+        for task, label in zip(chosen, labels, strict=True):
+            dataset = _moved(stream[task].dataset, label, first_class)
+            classes |= {int(c) for c in dataset.targets.uniques}
+            experiences.append(DatasetExperience(dataset=dataset, current_experience=task))
+        streams.append(EagerCLStream(name, experiences))
+    return replace(
+        benchmark,
+        scenario=with_task_labels(CLScenario(streams)),
+        task_names=tuple(benchmark.task_names[task] for task in chosen),
+        domains=tuple(benchmark.domains[task] for task in chosen),
+        class_names={c: benchmark.class_names[c - first_class] for c in sorted(classes)},
+        labels=tuple(labels),
+    )
+
+
+def _moved(dataset: Any, label: int, first_class: int) -> ClassificationDataset:
+    """The same samples under another task label, with class ids that start higher."""
+    if first_class:
+        targets = [int(target) + first_class for target in dataset.targets]
+        dataset = labelled(dataset, targets, None, partial(add, first_class))
+    labels = TaskLabels(ConstantSequence(label, len(dataset)))
+    moved: ClassificationDataset = dataset.update_data_attribute("targets_task_labels", labels)
+    return moved
 
 
 def task_incremental(train: Sequence[ClassificationDataset], test: Sequence[ClassificationDataset]) -> Scenario:

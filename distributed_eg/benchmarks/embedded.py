@@ -13,6 +13,7 @@ import torch
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision import transforms
 
 from distributed_eg.benchmarks import benchmark
 from distributed_eg.benchmarks.benchmark import Benchmark, images_per_class
@@ -53,6 +54,9 @@ def embedded(
     num_test = images_per_class("test_per_task", test_per_task, counts)
     train, test = [], []
     first_class = 0
+    names = [
+        f"digit {source}" if isinstance(source, int) else Path(source).stem for task in TASKS for source in task.classes
+    ]
     for index, task in enumerate(TASKS):
         parts = []
         for position, source in enumerate(task.classes):
@@ -69,13 +73,17 @@ def embedded(
         train.append(_dataset(train_parts, first_class))
         test.append(_dataset(test_parts, first_class))
         first_class += len(task.classes)
+    normalize = transforms.Normalize(benchmark.IMAGENET_MEAN, benchmark.IMAGENET_STD)
     return Benchmark(
         name="embedded",
         scenario=benchmark.task_incremental(train, test),
         task_names=tuple(task.name for task in TASKS),
         domains=tuple(task.domain for task in TASKS),
         shape=(3, size, size),
-        num_classes=first_class,
+        class_names=dict(enumerate(names)),
+        # The images were resized before they were kept: what is saved of them is of that size.
+        transform=transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), normalize]),
+        labels=tuple(range(len(TASKS))),
     )
 
 

@@ -10,9 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
-from PIL.Image import Image
 from torch.utils.data import Subset
 from torchvision import datasets, transforms
+from torchvision.transforms import v2
 
 from distributed_eg.benchmarks import benchmark
 from distributed_eg.benchmarks.benchmark import Benchmark, labelled
@@ -49,7 +49,7 @@ def torchvision_split(
     firsts = range(0, CLASSES_PER_DATASET, CLASSES_PER_TASK)
     tasks = [(source, first) for first in firsts for source in range(len(sources))]
     normalize = transforms.Normalize(benchmark.IMAGENET_MEAN, benchmark.IMAGENET_STD)
-    transform = transforms.Compose([transforms.Resize((size, size)), _to_rgb, transforms.ToTensor(), normalize])
+    transform = transforms.Compose([transforms.Resize((size, size)), v2.RGB(), transforms.ToTensor(), normalize])
     streams: list[list[ClassificationDataset]] = []
     for split, (option, per_task) in enumerate([("train_per_task", train_per_task), ("test_per_task", test_per_task)]):
         counts: Sequence[int | None] = [None] * len(tasks)
@@ -68,7 +68,9 @@ def torchvision_split(
         task_names=tuple(f"{sources[source]} {first}-{first + CLASSES_PER_TASK - 1}" for source, first in tasks),
         domains=tuple(sources[source] for source, _ in tasks),
         shape=(3, size, size),
-        num_classes=CLASSES_PER_DATASET * len(sources),
+        class_names=dict(enumerate(name for leaf in leaves for name in leaf.classes)),
+        transform=transform,
+        labels=tuple(range(len(tasks))),
     )
 
 
@@ -107,7 +109,3 @@ def _view(
     """The samples `indices` of `leaf`, with their class ids raised by `offset`."""
     targets = (np.asarray(leaf.targets)[indices] + offset).tolist()
     return labelled(Subset(leaf, indices.tolist()), targets, transform, partial(add, offset) if offset else None)
-
-
-def _to_rgb(image: Image) -> Image:
-    return image.convert("RGB")

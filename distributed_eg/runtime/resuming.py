@@ -117,7 +117,8 @@ def _has_content(record: TaskRecord) -> bool:
 
 
 def _described(record: TaskRecord) -> dict[str, Any]:
-    return {name: value for name, value in asdict(record).items() if name != "task"}
+    told = ("task", "class_names", "transform")  # beside the data, for those who ask later
+    return {name: value for name, value in asdict(record).items() if name not in told}
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

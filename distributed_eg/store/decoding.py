@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,9 +19,11 @@ def decode(kind: Any, value: Any, what: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
         types = _types_of_fields(kind)
-        if odd := sorted(types.keys() ^ value.keys()):
+        # Earlier versions did not write what has a default.
+        needed = {field.name for field in fields(kind) if field.default is MISSING}
+        if odd := sorted((needed - value.keys()) | (value.keys() - types.keys())):
             raise ValueError(f"{what} lacks fields or has others: {', '.join(odd)}")
-        return kind(*[decode(types[name], value[name], name) for name in types])
+        return kind(**{name: decode(types[name], item, name) for name, item in value.items()})
     if origin is tuple and isinstance(value, list):
         return tuple([decode(arguments[0], item, what) for item in value])
     if origin in (Union, UnionType):  # of something and None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from distributed_eg.errors import DamagedFileError, StorageError
+from distributed_eg.method.image_transform import ImageTransform
 from distributed_eg.store import layout
 from distributed_eg.store.decoding import decode
 from distributed_eg.store.storage import Artifact, Storage, artifact_of, record_bytes, repair_of
@@ -100,6 +101,15 @@ class TaskRecord(RecordOfTask):
     continues: TaskId | None
     identity: dict[str, Any]
     """What the data are recognised by: JSON values."""
+    class_names: tuple[str | None, ...] = ()
+    """Of ``classes``, None where nobody says it; empty in runs of earlier versions."""
+    transform: ImageTransform | None = None
+    """What images go through before the network; None where it cannot be known."""
+
+    @property
+    def names(self) -> dict[int, str | None]:
+        """The name of each class."""
+        return dict(zip(self.classes, self.class_names or [None] * len(self.classes), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,11 @@ from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.avalanche_types import Template
 from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
+from distributed_eg.strategy.predicting import notes_of
 from distributed_eg.strategy.predictor import Predictor
 from distributed_eg.strategy.tasks.data_identity import reference_identity
 from distributed_eg.strategy.tasks.intake import check_experiences
+from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.training.packing import pack_metrics
 from distributed_eg.types import OnRepeat, TaskId
 
@@ -60,6 +62,8 @@ class Driver:
     reference: Dataset[object] | str | None
     """A dataset or a file of ``save_reference``; None: the first task's features give the statistics."""
     observer: Observer | None
+    told: Told
+    """What the user says of all images."""
 
     def __post_init__(self, strategy: Template) -> None:
         self.reporter = GateReporter(strategy.evaluator)
@@ -285,7 +289,7 @@ class Driver:
                 )
             gate = self._reader.gate(registry.gate_ref(self.method))
             experts = registry.expert_refs()
-            model.attach(Predictor(gate, experts, self._reader, self.cluster.threads))
+            model.attach(Predictor(gate, experts, self._reader, self.cluster.threads, notes_of(registry)))
 
 
 def _layers(network: nn.Module) -> list[tuple[str, type, list[bool]]]:

@@ -25,11 +25,13 @@ from distributed_eg.method.backbone import (
 from distributed_eg.method.expert import logits_of
 from distributed_eg.method.gate import Routing
 from distributed_eg.method.head import find_head, require_copies, set_head
+from distributed_eg.method.image_transform import given_transform
 from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors
+from distributed_eg.strategy.predicting import Images, Prediction, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind
 
@@ -229,7 +231,7 @@ class ExpertGate(nn.Module):
             partial(load_tensors, storage), model.expert, model.head, max_resident_experts, model.device
         )
         gate = reader.gate(registry.gate_ref(method))
-        model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"]))
+        model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"], notes_of(registry)))
         return model.eval()
 
     def describe(self) -> dict[str, object]:
@@ -259,7 +261,7 @@ class ExpertGate(nn.Module):
         """
         if self._predictor is None:
             return logits_of(self.expert, x.to(self.device))
-        return self._predictor.predict(self._images(x), self._features)
+        return self._predictor.answer(self._images(x), self._features)[1]
 
     def gate(self, x: Tensor) -> Routing:
         """Route images (n, channels, height, width): (tasks, confidences, errors), one row a sample.
@@ -267,9 +269,30 @@ class ExpertGate(nn.Module):
         Raises:
             InputError: nothing is trained yet, or ``x`` are no images of the model's shape.
         """
+        return self._trained().route(self._images(x), self._features)
+
+    def predict(self, images: Images, *, transform: object = None, batch_size: int = 32) -> list[Prediction]:
+        """What each image shows, in their order, in every mode.
+
+        Args:
+            images: tensors (n, channels, height, width) that went through the transform that the model was trained
+                with, as in ``forward``; images of Pillow's or image files, which are taken through it; or several of
+                these.
+            transform: of torchvision's, in its place; where the run does not know it, it has to be given.
+            batch_size: images a batch.
+
+        Raises:
+            InputError: nothing is trained yet, an image cannot be read, or what it goes through must be said.
+        """
+        predictor = self._trained()
+        reader_of = partial(reader_for, predictor.notes, given_transform(transform, self.shape), self.shape)
+        batches = batches_of(images, given.whole(batch_size, "batch_size", least=1), reader_of)
+        return [found for batch in batches for found in predictor.predict(self._images(batch), self._features)]
+
+    def _trained(self) -> Predictor:
         if self._predictor is None:
             raise InputError("The model has no gate yet: train it with ExpertGateStrategy.")
-        return self._predictor.route(self._images(x), self._features)
+        return self._predictor
 
     def _images(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from distributed_eg.method.gate import Gate, Routing, combine_experts, make_gate
 from distributed_eg.method.standardize import Statistics
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.store.experts import ExpertReader, ExpertRef
+from distributed_eg.strategy.predicting import Prediction, TaskNotes, notes_as_tensor, notes_from_tensor, predictions
 from distributed_eg.types import AutoencoderKind, TaskId
 
 _PREFIX = "run."
@@ -35,18 +36,26 @@ class Predictor:
     experts: Mapping[TaskId, ExpertRef]
     reader: ExpertReader
     threads: int
+    notes: Mapping[TaskId, TaskNotes]
 
     def route(self, images: Tensor, features_of: FeaturesOf) -> Routing:
         """Where each image goes."""
         with self._alike(images):
             return self.gate.route(features_of(images))
 
-    def predict(self, images: Tensor, features_of: FeaturesOf) -> Tensor:
-        """Log-probabilities (n, highest class id + 1) of the experts that answer for each image."""
+    def answer(self, images: Tensor, features_of: FeaturesOf) -> tuple[Routing, Tensor]:
+        """Where each image goes, and log-probabilities (n, highest class id + 1) of the experts that answer for it."""
         with self._alike(images):
             width = 1 + max(max(ref.classes) for ref in self.experts.values())
-            weights = self.gate.answering(self.gate.route(features_of(images)))
-            return combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
+            routing = self.gate.route(features_of(images))
+            weights = self.gate.answering(routing)
+            return routing, combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
+
+    def predict(self, images: Tensor, features_of: FeaturesOf) -> list[Prediction]:
+        """What each image shows."""
+        routing, log_probabilities = self.answer(images, features_of)
+        classes = torch.arange(log_probabilities.shape[1])
+        return predictions(routing.tasks, routing.confidences.max(1).values, classes, log_probabilities, self.notes)
 
     @contextmanager
     def _alike(self, images: Tensor) -> Iterator[None]:
@@ -65,7 +74,7 @@ class Predictor:
         gate = self.gate
         autoencoders = tuple(autoencoder.to(device) for autoencoder in gate.autoencoders)
         moved = Gate(gate.tasks, autoencoders, gate.statistics.to(device), gate.temp, gate.confidence_threshold)
-        return Predictor(moved, self.experts, self.reader.to(device, root), self.threads)
+        return replace(self, gate=moved, reader=self.reader.to(device, root))
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
         """Everything, experts included, as tensors by name: what ``state_dict`` holds beside the root network."""
@@ -76,6 +85,7 @@ class Predictor:
             "statistics.mean": statistics.mean,
             "statistics.std": statistics.std,
             "statistics.num_samples": torch.tensor(statistics.num_samples),
+            "notes": notes_as_tensor(self.notes),
         }
         for task, autoencoder in zip(gate.tasks, gate.autoencoders, strict=True):
             found |= {f"autoencoders.{task}.{name}": value for name, value in autoencoder.tensors().items()}
@@ -128,7 +138,9 @@ def take_predictor(
     experts = {task: ExpertRef(task, tuple(tensors[f"classes.{task}"].tolist())) for task in tasks}
     gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
     reader = ExpertReader(states.__getitem__, root, head, _IN_MEMORY, device)
-    return Predictor(gate, experts, reader, int(threads)).to(device, root)
+    unknown = {task: TaskNotes(ref.classes, (None,) * len(ref.classes), None) for task, ref in experts.items()}
+    notes = notes_from_tensor(tensors["notes"]) if "notes" in tensors else unknown  # as earlier versions saved them
+    return Predictor(gate, experts, reader, int(threads), notes).to(device, root)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -32,6 +32,7 @@ from distributed_eg.strategy.run_holder import RunHolder
 from distributed_eg.strategy.tasks.experiences import parts_of
 from distributed_eg.strategy.tasks.intake import Intake, Streams, evaluation_parts
 from distributed_eg.strategy.tasks.settings_identity import plain_values, settings_identity
+from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.single_expert import SingleExpert
 from distributed_eg.strategy.training.trainer import StrategyTrainer
@@ -79,6 +80,8 @@ class ExpertGateStrategy(RunHolder):
         on_repeat: OnRepeat = "continue",
         reference: Dataset[object] | str | os.PathLike[str] | None = None,
         observer: Observer | None = None,
+        class_names: Mapping[int, str] | Sequence[str] | None = None,
+        transform: object = None,
         **base_kwargs: object,
     ) -> None:
         """Check everything; nothing starts before ``train``.
@@ -116,6 +119,10 @@ class ExpertGateStrategy(RunHolder):
             reference: a dataset, or a file of ``save_reference``, for the standardization statistics; it also makes
                 the pretrained root a candidate parent. None: the first task's features give the statistics.
             observer: called on this process with every stage that starts or ends.
+            class_names: by class id, kept with each task for ``predict``; None: as the datasets say, such as
+                torchvision's (``classes``).
+            transform: what images go through before the network, kept with each task for ``predict``: torchvision's
+                transforms, composed, or a preset of its weights. None: the datasets' own, where it is of such.
 
         Raises:
             InputError: a value cannot be used; the message names it.
@@ -139,6 +146,7 @@ class ExpertGateStrategy(RunHolder):
         eval_mb_size = None if eval_mb_size is None else given.whole(eval_mb_size, "eval_mb_size", least=1)
         eval_every = given.whole(eval_every, "eval_every", least=-1)
         device, reference = torch_device(device), checks.given_reference(reference)
+        told = Told.given(model.shape, class_names, transform)
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
         self.method = MethodConfig(
@@ -181,7 +189,9 @@ class ExpertGateStrategy(RunHolder):
         self._current: Answers | None = None
         own_names = frozenset(vars(self)) - before
         asked = None if device is None else str(device)
-        self._driver = Driver(self, own_names, self.method, cluster or ClusterConfig(), asked, reference, observer)
+        self._driver = Driver(
+            self, own_names, self.method, cluster or ClusterConfig(), asked, reference, observer, told
+        )
 
     def train(
         self,
@@ -228,7 +238,9 @@ class ExpertGateStrategy(RunHolder):
         plugin_table.warn_of_unmeasured(self.plugins, self.eval_every, measured)
         with terminable(), driver.open(settings).working() as run:
             shipped_trainer, _held = run.shipper.ship(trainer, "An argument of train")
-            intake = Intake(self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream)
+            intake = Intake(
+                self, run, self.method, self.on_repeat, settings, sized, evaluations, valid_stream, driver.told
+            )
             if driver.follows and isinstance(sized, list):  # now that it is known what the run holds
                 driver.check(sized, self.on_repeat)
             try:

@@ -119,6 +119,7 @@ class ColourImages(VisionDataset):
         if download:
             raise OSError("no route to host")
         self.targets = [k % 10 for k in range(40)]
+        self.classes = [f"colour {k}" for k in range(10)]
 
     def __len__(self) -> int:
         return len(self.targets)

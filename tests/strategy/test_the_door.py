@@ -16,6 +16,7 @@ import torchvision
 from avalanche.training.plugins import EarlyStoppingPlugin, SupervisedPlugin
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
@@ -89,6 +90,8 @@ NAMED = {
     "criterion": [None, "cross_entropy"],
     "plugins": [EarlyStoppingPlugin(1, "valid_stream"), "early", 3],
     "observer": ["print", 3],
+    "class_names": [3, "ant", {"a": "ant"}, {-1: "ant"}, {0: 3}, ["ant", None], ""],
+    "transform": [3, "imagenet", transforms.ToPILImage(), transforms.Resize, transforms.Resize((9, 9)), True],
     "reference": ["", 3, True, STREAM[0], DataLoader(STREAM[0].dataset), torch.rand(4, *SHAPE), {"mean": 0}, STREAM],
 }
 ALIASES = {"ae_train_mb_size": "batch_size", "ae_train_epochs": "epochs", "ae_latent_dim": "latent_dim"}

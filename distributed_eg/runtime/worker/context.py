@@ -18,6 +18,7 @@ from distributed_eg.errors import InputError, StoppedError
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import TaskData, TaskInput, WorkerSetup
+from distributed_eg.runtime.worker.contract import require_shape
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.features import FeatureFile, write_features
@@ -66,14 +67,7 @@ class WorkerContext:
         Raises:
             InputError: images of another shape than the backbone was built for, or NaN or infinite pixels.
         """
-        found, wanted = tuple(images.shape[1:]), self.setup.shape
-        if found != wanted:
-            needs = ["resizes them"] if found[1:] != wanted[1:] else []
-            needs = [f"gives them {wanted[0]} channels", *needs] if found[:1] != wanted[:1] else needs
-            raise InputError(
-                f"The images of {what} have shape {found}, but the model was built for shape={wanted}; add a transform "
-                f"that {' and '.join(needs)}{'' if is_trained else ', or build ExpertGate(shape=…) for them'}."
-            )
+        require_shape(tuple(images.shape[1:]), self.setup.shape, what, is_trained=is_trained)
         if not bool(torch.isfinite(images).all()):
             raise InputError(f"The images of {what} hold NaN or infinite pixels; check its transforms.")
         features: Tensor = self.backbone(images.to(self.device))

@@ -145,3 +145,19 @@ def _described(value: object) -> str:
     if isinstance(value, str | bytes):
         return f"the {type(value).__name__} {value!r:.40}"
     return f"a {type(value).__name__}{f' of {len(value)}' if isinstance(value, list | tuple) else ''}"
+
+
+def require_shape(found: tuple[int, ...], wanted: tuple[int, ...], what: str, *, is_trained: bool = False) -> None:
+    """Refuse images of another shape than the backbone was built for; ``what`` names them, ``is_trained`` says that it
+    is too late for another model.
+
+    Raises:
+        InputError: they have it.
+    """
+    if found != wanted:
+        needs = ["resizes them"] if found[1:] != wanted[1:] else []
+        needs = [f"gives them {wanted[0]} channels", *needs] if found[:1] != wanted[:1] else needs
+        raise InputError(
+            f"The images of {what} have shape {found}, but the model was built for shape={wanted}; add a transform "
+            f"that {' and '.join(needs)}{'' if is_trained else ', or build ExpertGate(shape=…) for them'}."
+        )

@@ -35,7 +35,7 @@ def identity_of(dataset: Dataset[object]) -> dict[str, str | int]:
         InputError: a view asks for a row that is not there, or a leaf has no length.
     """
     leaves: dict[int, tuple[int, object]] = {}
-    which, rows = _rows(dataset, leaves)
+    which, rows = rows_of(dataset, leaves)
     numbers, first, inverse = np.unique(which, return_index=True, return_inverse=True)
     # In the order of their rows: Avalanche may keep the parts of a dataset in the order of a set.
     order = np.argsort(first)
@@ -83,12 +83,12 @@ def reference_identity(reference: Dataset[object] | str | Path | None) -> dict[s
         raise InputError(f"The reference {str(reference)!r} cannot be read: {error}") from error
 
 
-def _rows(dataset: object, leaves: dict[int, tuple[int, object]]) -> npt.NDArray[np.int64]:
+def rows_of(dataset: object, leaves: dict[int, tuple[int, object]]) -> npt.NDArray[np.int64]:
     """For each sample its leaf's number and the row in it, [2, samples]; numbers each leaf once, by its id()."""
     children: Sequence[object]
     indices: Iterable[int] | None = None
     if isinstance(dataset, AvalancheDataset):
-        return _rows(dataset._flat_data, leaves)
+        return rows_of(dataset._flat_data, leaves)
     if isinstance(dataset, Subset):
         children, indices = [dataset.dataset], dataset.indices
     elif isinstance(dataset, ConcatDataset):
@@ -101,7 +101,7 @@ def _rows(dataset: object, leaves: dict[int, tuple[int, object]]) -> npt.NDArray
         return np.stack([np.full_like(rows, number), rows])
     else:
         raise InputError(f"A {named(dataset)} has no length: give it one (__len__), or wrap it by a dataset that has.")
-    table = np.concatenate([np.empty((2, 0), "<i8"), *(_rows(child, leaves) for child in children)], axis=1)
+    table = np.concatenate([np.empty((2, 0), "<i8"), *(rows_of(child, leaves) for child in children)], axis=1)
     try:
         return table if indices is None else table[:, np.fromiter((int(index) for index in indices), dtype="<i8")]
     except IndexError as error:

@@ -14,14 +14,17 @@ from torch.utils.data import default_collate
 
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
+from distributed_eg.method.image_transform import ImageTransform
 from distributed_eg.runtime.messages import TaskInput
 from distributed_eg.runtime.resuming import differences
 from distributed_eg.runtime.run import Run
+from distributed_eg.runtime.worker.contract import require_shape
 from distributed_eg.store.records import TaskManifest, TaskRecord
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.tasks.data_identity import first_shape, identity_of
 from distributed_eg.strategy.tasks.experiences import Part, parts_of, task_data, validation_of, with_label
 from distributed_eg.strategy.tasks.task_labels import label_in_samples
+from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
 from distributed_eg.types import OnRepeat, TaskId
@@ -79,6 +82,8 @@ class Intake:
     """What experts are measured on while they train; None: their validation parts."""
     valid_stream: Iterable[CLExperience] | None
     """Validation parts by index; None: the benchmark's own, else split off."""
+    told: Told
+    """What the user says of all images."""
 
     def __post_init__(self) -> None:
         self._inputs = self._read()
@@ -122,6 +127,8 @@ class Intake:
         identity = {**self.settings, "data": identity_of(copy)}
         self._check_shape(copy, what)
         part = self._labelled(part, copy)
+        names = dict(zip(part.classes, self.told.names_of(copy, part.classes), strict=True))
+        transform = self.told.transform_of(copy, what)
         del copy
         given = self._evaluations
         measured = None if given is None else [other for other in given if other.label == part.label]
@@ -131,7 +138,7 @@ class Intake:
             )
         if measured is not None:  # plugins may act on what is measured: early stopping does
             identity["evaluations"] = [identity_of(self._copy(other.dataset, _measured(other))) for other in measured]
-        record = self._number(part, identity)
+        record = self._number(part, identity, names, transform)
         seed, fraction = self.method.seed, self.method.validation_fraction
         data = task_data(part, record.task, seed, fraction, valid=valid, evaluations=measured)
         shipped, leaves = self.run.shipper.ship(data, what)
@@ -147,14 +154,13 @@ class Intake:
         Raises:
             InputError: the first image has another shape.
         """
-        shape, wanted = first_shape(copy), self.strategy.model.shape
-        if shape is not None and shape != wanted and getattr(copy, "collate_fn", None) in (None, default_collate):
-            raise InputError(
-                f"{what} holds images of shape {shape}, after their transforms; the model was made with "
-                f"shape={wanted}: resize them in the transform."
-            )
+        shape, is_trained = first_shape(copy), bool(self.run.registry.manifests)
+        if shape is not None and getattr(copy, "collate_fn", None) in (None, default_collate):
+            require_shape(shape, self.strategy.model.shape, f"{what[0].lower()}{what[1:]}", is_trained=is_trained)
 
-    def _number(self, part: Part, identity: dict[str, Any]) -> TaskRecord:
+    def _number(
+        self, part: Part, identity: dict[str, Any], names: Mapping[int, str | None], transform: ImageTransform | None
+    ) -> TaskRecord:
         """What arrives: under a number of its own, or under that which a call gave it that was cut off.
 
         Raises:
@@ -173,10 +179,13 @@ class Intake:
             raise _retired(part.label)
         self._last = max(self._last, task)
         continues = before[-1] if before and self.on_repeat == "continue" else None
-        known = () if continues is None else self.run.registry.arrivals[continues].classes
+        if continues is not None:
+            names = {**self.run.registry.arrivals[continues].names, **names}
         versions = (*before, task)
         self._versions[part.label] = max(versions, self._versions.get(part.label, ()), key=len)
-        return TaskRecord(task, part.label, tuple(sorted({*part.classes, *known})), versions, continues, identity)
+        classes = tuple(sorted(names))
+        class_names = tuple(names[c] for c in classes)
+        return TaskRecord(task, part.label, classes, versions, continues, identity, class_names, transform)
 
     def _brought_before(self, label: int, identity: dict[str, Any]) -> TaskRecord | None:
         """What a call that was cut off had brought and that this is again: sealed, and the same in all that it is

@@ -86,12 +86,11 @@ def part_of(benchmark: Benchmark, tasks: Sequence[int] | None, first_label: int,
 
 def _moved(dataset: Any, label: int, first_class: int) -> ClassificationDataset:
     """The same samples under another task label, with class ids that start higher."""
-    if first_class:
-        targets = [int(target) + first_class for target in dataset.targets]
-        dataset = labelled(dataset, targets, None, partial(add, first_class))
-    labels = TaskLabels(ConstantSequence(label, len(dataset)))
-    moved: ClassificationDataset = dataset.update_data_attribute("targets_task_labels", labels)
-    return moved
+    targets = [int(target) + first_class for target in dataset.targets]
+    raised = TransformGroups({split: (None, partial(add, first_class)) for split in ("train", "eval")})
+    # Made anew: Avalanche's update_data_attribute leaves the attribute of the old name as it was.
+    attributes = [DataAttribute(targets, "targets"), TaskLabels(ConstantSequence(label, len(targets)))]
+    return ClassificationDataset([dataset], transform_groups=raised, data_attributes=attributes)
 
 
 def task_incremental(train: Sequence[ClassificationDataset], test: Sequence[ClassificationDataset]) -> Scenario:

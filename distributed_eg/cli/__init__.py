@@ -41,9 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _command(arguments: list[str] | None) -> None:
     import tyro
 
+    from distributed_eg.cli.eval import evaluate
     from distributed_eg.cli.gc import gc
+    from distributed_eg.cli.predict import predict
     from distributed_eg.cli.run import run
     from distributed_eg.cli.simulate import simulate
+    from distributed_eg.cli.tasks import tasks
     from distributed_eg.cli.verify import verify
     from distributed_eg.errors import ExpertGateError, InputError
 
@@ -52,7 +55,15 @@ def _command(arguments: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message="no QP solver found")
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"run": run, "verify": verify, "gc": gc, "simulate": simulate},
+            {
+                "run": run,
+                "eval": evaluate,
+                "predict": predict,
+                "tasks": tasks,
+                "verify": verify,
+                "gc": gc,
+                "simulate": simulate,
+            },
             prog="distributed-eg",
             description="Expert Gate lifelong learning on Ray clusters.",
             args=arguments,

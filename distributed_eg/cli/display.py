@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from distributed_eg.cli.outcome import RunOutcome, TaskOutcome
 from distributed_eg.masking import masked
 from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
+
+if TYPE_CHECKING:
+    from distributed_eg.cli.tasks import TaskLine
+    from distributed_eg.strategy.predicting import Prediction
+
+
+_WIDTH = 160
+"""Columns of what no terminal shows, and so nothing limits."""
 
 
 class _Console(Console):
@@ -28,13 +39,15 @@ class Display:
 
     def __init__(self, *, to_stderr: bool) -> None:
         self._console = _Console(stderr=to_stderr, soft_wrap=True)
-        self._names: Sequence[str] = ()
+        if not self._console.is_terminal:
+            self._console.width = _WIDTH
+        self._names: Mapping[int, str] = {}
         self._cells: dict[tuple[int, Stage], str] = {}
         self._live: Live | None = None
 
     @contextmanager
-    def training(self, names: Sequence[str]) -> Iterator[None]:
-        """Show the progress of the tasks called ``names``."""
+    def training(self, names: Mapping[int, str]) -> Iterator[None]:
+        """Show the progress of tasks, with their names by label."""
         self._names = names
         self._console.print(f"Training {len(names)} tasks …")
         if not self._console.is_terminal:
@@ -51,13 +64,13 @@ class Display:
             "kept": "[green]kept",
             "failed": "[red]failed",
         }
-        self._cells[progress.task, progress.stage] = cells[progress.state]
+        self._cells[progress.label, progress.stage] = cells[progress.state]
         if self._live is not None:
             self._live.update(self._progress_table())
         elif progress.state != "started":
             how = {"finished": "", "failed": " failed"}.get(progress.state)
             told = f"{how}, {progress.seconds:.1f} s on {progress.worker}" if how is not None else " kept"
-            line = f"task {progress.task} {self._names[progress.task]}: {progress.stage.value}{told}"
+            line = f"task {progress.task} {self._names[progress.label]}: {progress.stage.value}{told}"
             self._console.print(line, highlight=False)
 
     @contextmanager
@@ -84,16 +97,66 @@ class Display:
         table.add_section()
         table.add_row("mean", "", "", "", *_accuracies(outcome))
         self._console.print(table)
-        self._console.print(
-            f"Trained in {outcome.train_s:.1f} s, evaluated in {outcome.eval_s:.1f} s.", highlight=False
-        )
+        trained = f"Trained in {outcome.train_s:.1f} s, evaluated" if outcome.train_s else "Evaluated"
+        self._console.print(f"{trained} in {outcome.eval_s:.1f} s.", highlight=False)
         self._console.print(f"Run directory: {outcome.run_dir}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def steps(self, firsts: Sequence[int], total: int) -> Iterator[int]:
+        """Each of ``firsts``, with the progress of what is done of ``total``, where somebody watches stderr."""
+        console = _Console(stderr=True)
+        with Bar(console=console, disable=not console.is_terminal, transient=True) as bar:
+            task = bar.add_task("Predicting", total=total)
+            for first in firsts:
+                bar.update(task, completed=first)
+                yield first
+
+    def predictions(self, found: Mapping[str, Prediction]) -> None:
+        """Show what each file shows."""
+        table = Table("image", "class", "sure", "task", "sure", "or else", "sure")
+        for file, said in found.items():
+            classes = (_class(said.class_id, said.class_name), _class(said.second_class_id, said.second_class_name))
+            second = "" if said.second_confidence is None else f"{said.second_confidence:.3f}"
+            row = (file, classes[0], f"{said.confidence:.3f}", str(said.task), f"{said.task_confidence:.3f}")
+            table.add_row(*map(escape, row), escape(classes[1]), second)
+        self._console.print(table)
+
+    def shares(self, by_task: Mapping[int, tuple[int, float, float]]) -> None:
+        """Show how many of a task's images were right, and which shares: sent to it, told by their class."""
+        if not by_task:
+            return
+        table = Table("task", "images", "gate", "end to end", title="Accuracy where folders are called as classes")
+        for task, (num_images, *shares) in by_task.items():
+            table.add_row(str(task), str(num_images), *(f"{share:.3f}" for share in shares))
+        table.add_section()
+        means = [sum(shares[i] for shares in by_task.values()) / len(by_task) for i in (1, 2)]
+        table.add_row("mean", "", *(f"{mean:.3f}" for mean in means))
+        self._console.print(table)
+
+    def tasks(self, lines: Sequence[TaskLine]) -> None:
+        """Show what a run has learnt."""
+        columns = ("task", "label", "classes", "images", "MB", "parent", "transfer", "versions", "finished (UTC)")
+        table = Table(*columns)
+        for line in lines:
+            parent = "root" if line.parent is None else str(line.parent)
+            classes = ", ".join(name or str(c) for c, name in line.classes.items())
+            sizes = (str(line.num_images), f"{line.num_bytes / 1e6:.1f}", parent, line.transfer, str(line.versions))
+            when = line.finished + (" (retired)" if line.is_retired else "")
+            table.add_row(str(line.task), str(line.label), escape(classes), *sizes, when)
+        self._console.print(table)
 
     def _progress_table(self) -> Table:
         table = Table("task", *(stage.value for stage in Stage))
-        for task, name in enumerate(self._names):
-            table.add_row(f"{task} {name}", *(self._cells.get((task, stage), "") for stage in Stage))
+        for label, name in self._names.items():
+            table.add_row(f"{label} {name}", *(self._cells.get((label, stage), "") for stage in Stage))
         return table
+
+
+def _class(class_id: int | None, name: str | None) -> str:
+    return "" if class_id is None else f"{class_id} {name or ''}".rstrip()
 
 
 def _accuracies(outcome: TaskOutcome | RunOutcome) -> list[str]:

@@ -46,16 +46,18 @@ class RunOutcome:
     expert_accuracy: float
     end_to_end_accuracy: float
     train_s: float
+    """0 where nothing was trained."""
     eval_s: float
     run_dir: str
     """Path or URI, without what the URI keeps secret: this is printed and logged."""
     tasks: list[TaskOutcome]
+    """Those of the benchmark."""
 
 
 def outcome_of(
     strategy: ExpertGateStrategy, metrics: Mapping[str, float], benchmark: Benchmark, train_s: float, eval_s: float
 ) -> RunOutcome:
-    """What a trained and evaluated strategy came to, from its tables and metrics."""
+    """What an evaluated strategy came to on a benchmark, from its tables and metrics."""
     relatedness = strategy.relatedness.to_pylist()
     chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
     ties = {
@@ -63,17 +65,18 @@ def outcome_of(
         for row in relatedness
         if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < _NEAR_TIE
     }
+    by_label = {row["label"]: row for row in strategy.registry.to_pylist()}
     tasks = []
-    for row in strategy.registry.to_pylist():
-        task = row["task"]
-        tail = f"_Exp/eval_phase/test_stream/Task{row['label']:03d}/Exp{task:03d}"
+    for place, (label, experience) in enumerate(zip(benchmark.labels, benchmark.scenario.streams["test"], strict=True)):
+        row = by_label[label]
+        tail = f"_Exp/eval_phase/test_stream/Task{label:03d}/Exp{experience.current_experience:03d}"
         tasks.append(
             TaskOutcome(
                 **{name: row[name] for name in _FROM_REGISTRY},
-                name=benchmark.task_names[task],
-                domain=benchmark.domains[task],
-                relatedness=chosen.get(task),
-                near_tie=ties.get(task),
+                name=benchmark.task_names[place],
+                domain=benchmark.domains[place],
+                relatedness=chosen.get(row["task"]),
+                near_tie=ties.get(row["task"]),
                 gate_accuracy=metrics["Gate_Acc" + tail],
                 expert_accuracy=metrics["Expert_Acc" + tail],
                 end_to_end_accuracy=metrics["EndToEnd_Acc" + tail],

@@ -5,41 +5,28 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from distributed_eg import given
-from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
+from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, silent_evaluator
 from distributed_eg.cli.outcome import RunOutcome, outcome_of
-from distributed_eg.config import ClusterConfig, Engine
 from distributed_eg.errors import InputError
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 if TYPE_CHECKING:
-    from avalanche.training.plugins import EvaluationPlugin
-
     from distributed_eg.cli.display import Display
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(WorkerOptions, BenchmarkOptions):
     """Train a sequence of image tasks on worker actors, then route unseen images to the right expert."""
 
-    benchmark: str = "embedded"
-    """Task sequence: embedded (real images that come inside installed packages), split-mnist, split-fashion-mnist,
-    split-mnist+fashion or split-cifar10."""
-    data: str | None = None
-    """Folder of the torchvision datasets."""
-    download: bool = False
-    """Download a missing dataset into --data."""
     image_size: int | None = None
     """Side of the images in pixels; 64 for embedded, else 96."""
-    train_per_task: int | None = None
-    """Training images a task; all there are, or 240 for embedded."""
-    test_per_task: int | None = None
-    """Test images a task; all there are, or 120 for embedded."""
 
     arch: str = "efficientnet_lite0"
     """Backbone: efficientnet_lite0 or a torchvision classification model."""
@@ -63,19 +50,14 @@ class RunOptions:
     seed: int = 0
     """Seed of everything that is drawn."""
 
-    engine: Engine = "ray"
-    """ray (worker actors) or inline (this process)."""
-    address: str | None = None
-    """Ray cluster to attach to; else RAY_ADDRESS; else Ray is started here and stopped at the end."""
-    num_workers: int | Literal["auto"] = "auto"
-    """Worker actors; auto is one per GPU, else one per CPU, and more when nodes join."""
-    gpus_per_worker: float | None = None
-    """GPUs that each worker holds, fractions allowed."""
     threads: int = 1
     """Torch threads of every stage; another number gives other bytes."""
     storage: str | None = None
     """Run directory: a path, or any pyarrow.fs URI; runs/<benchmark>-<time> where not given. One that holds a run is
     gone on with: the same command resumes what was interrupted."""
+    append: bool = False
+    """Add the tasks to the run that --storage holds; those before them are not asked for. Their labels, and their
+    class ids, must be new: see --first-label, --first-class and --tasks."""
     on_task_failure: OnTaskFailure = "continue"
     """continue: train what does not need a failed task; stop: begin nothing new."""
     checkpoint_every_s: float = 60
@@ -92,13 +74,14 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
     for name, least in (("epochs", 0), ("batch_size", 1)):
         given.whole(getattr(options, name), f"--{name.replace('_', '-')}", least)
     given.number(options.lr, "--lr", "be at least 0, and finite", lambda value: 0 <= value < math.inf)
-    for name in ("storage", "weights", "data", "address"):
+    for name in ("storage", "weights"):
         if getattr(options, name) is not None:
             given.text(getattr(options, name), f"--{name}")
     if options.weights is not None and options.random_weights:
         raise InputError("--weights and --random-weights exclude each other: leave one of them out.")
-    if options.benchmark not in BENCHMARKS:
-        make_benchmark(options.benchmark)  # says which names there are
+    if options.append and options.storage is None:
+        raise InputError("--append needs --storage, the run directory to add to.")
+    options.check()
     storage = options.storage or f"runs/{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"
     display = Display(to_stderr=options.json)
     try:
@@ -117,15 +100,9 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
     from distributed_eg.strategy.model import ExpertGate
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
-    benchmark = make_benchmark(
-        options.benchmark,
-        data=options.data,
-        download=options.download,
-        image_size=options.image_size,
-        train_per_task=options.train_per_task,
-        test_per_task=options.test_per_task,
-        seed=options.seed,
-    )
+    benchmark = options.make(options.image_size, options.seed)
+    if options.append:
+        _refuse_known(benchmark.labels, storage)
     model = ExpertGate(
         shape=benchmark.shape,
         arch=options.arch,
@@ -142,26 +119,24 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
         train_mb_size=options.batch_size,
         train_epochs=options.epochs,
         eval_mb_size=32,
-        evaluator=_silent_evaluator(),
+        evaluator=silent_evaluator,
         ae_latent_dim=options.latent_dim,
         rel_thresh=options.rel_thresh,
         seed=options.seed,
         observer=display.progress,
-        cluster=ClusterConfig(
-            engine=options.engine,
-            address=options.address,
-            num_workers=options.num_workers,
-            gpus_per_worker=options.gpus_per_worker,
-            threads=options.threads,
-            storage=storage,
-            resume=True,
+        class_names=benchmark.class_names,
+        transform=benchmark.transform,
+        cluster=options.cluster(
+            storage,
+            "append" if options.append else True,
+            options.threads,
             on_task_failure=options.on_task_failure,
             checkpoint_every_s=options.checkpoint_every_s,
         ),
         **(paper if options.autoencoder == "sgd" else {}),
     ) as strategy:
         started = time.perf_counter()
-        with display.training(benchmark.task_names):
+        with display.training(dict(zip(benchmark.labels, benchmark.task_names, strict=True))):
             strategy.train(benchmark.scenario.streams["train"])
         trained = time.perf_counter()
         with display.evaluating():
@@ -170,12 +145,19 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
         return outcome_of(strategy, metrics, benchmark, trained - started, evaluated - trained)
 
 
-def _silent_evaluator() -> EvaluationPlugin:
-    import warnings
+def _refuse_known(labels: Sequence[int], storage: str) -> None:
+    """A sequence holds each label once: one that the run has is another task, and no later version of it.
 
-    from avalanche.training.plugins import EvaluationPlugin
+    Raises:
+        InputError: the run has one, and no command that was cut off brought it.
+    """
+    from distributed_eg.store.registry import Registry
+    from distributed_eg.store.storage import Storage
 
-    with warnings.catch_warnings():
-        # The command shows its own progress: no logger is what we want.
-        warnings.filterwarnings("ignore", message="No loggers specified")
-        return EvaluationPlugin()
+    registry = Registry.read(Storage(storage), without_damaged=True)
+    ended = {manifest.label for manifest in registry.newest.values() if manifest.task < registry.num_ended}
+    if known := sorted(ended & set(labels)):
+        raise InputError(
+            f"The run has tasks with the labels {known} already: choose others (--tasks), or have theirs start higher "
+            "(--first-label, and --first-class for their classes)."
+        )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distributed_eg import given
-from distributed_eg.errors import BackboneError
+from distributed_eg.errors import BackboneError, InputError
 from distributed_eg.method.head import in_a_line, input_dtype, trial
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
@@ -263,3 +263,32 @@ def _load_weights(network: nn.Module, arch: str, path: str) -> None:
             f"{len(unexpected)} are unknown and {len(misshapen)} have another shape (for instance {example!r})."
         )
     network.load_state_dict(dict(state), strict=False)
+
+
+def torch_device(device: object) -> torch.device | None:
+    """A device by its name or number; None stays None.
+
+    Raises:
+        InputError: torch knows no such device.
+    """
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device if isinstance(device, str) else given.whole(device, "device", least=0))
+    except (RuntimeError, InputError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InputError(f"device is {given.shown(device)}, which torch does not know: {first_line}") from error
+
+
+def image_shape(shape: object) -> tuple[int, int, int]:
+    """(channels, height, width) as three integers.
+
+    Raises:
+        BackboneError: it is something else.
+    """
+    try:
+        channels, height, width = (given.whole(side, "a side", least=1) for side in shape)  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        says = "it must be (channels, height, width) of one image, whole numbers from 1."
+        raise BackboneError(f"shape is {given.shown(shape)}; {says}") from error
+    return channels, height, width

@@ -102,7 +102,7 @@ class ImageReader:
     """
 
     def __init__(self, transform: ImageTransform, shape: tuple[int, int, int]) -> None:
-        self._mode, self._shape = transform.mode, shape
+        self._mode, self.shape = transform.mode, shape
         self._steps = [step.build() for step in transform.steps]
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
@@ -117,9 +117,9 @@ class ImageReader:
                 value = step(value)
         except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             raise InputError(f"its transform fails: {type(error).__name__}: {error}") from error
-        if not isinstance(value, Tensor) or tuple(value.shape) != self._shape or value.dtype != torch.float32:
+        if not isinstance(value, Tensor) or tuple(value.shape) != self.shape or value.dtype != torch.float32:
             what = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"it is {what} after its transform, where the model takes {self._shape} of torch.float32")
+            raise InputError(f"it is {what} after its transform, where the model takes {self.shape} of torch.float32")
         return value.as_subclass(Tensor)
 
     def open(self, path: str | os.PathLike[str]) -> Tensor:

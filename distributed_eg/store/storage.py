@@ -191,6 +191,15 @@ class Storage:
             raise StorageError(f"The run directory {self.shown!r} has no file {path!r}.")
         return int(info.size)
 
+    def modified_s(self, path: str) -> float:
+        """When a file was written, in seconds since 1970; ``StorageError`` where it is not there."""
+        self._check(path)
+        with self._asking(path):
+            info = self._fs.get_file_info(path)
+        if info.mtime is None:
+            raise StorageError(f"The run directory {self.shown!r} has no file {path!r}.")
+        return float(info.mtime.timestamp())
+
     def walk(self) -> list[str]:
         """Paths of all files of the run directory, sorted; symbolic links are neither listed nor followed."""
         with self._asking(""):

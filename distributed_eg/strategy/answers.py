@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
@@ -11,12 +11,14 @@ from torch import Tensor
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
+from distributed_eg.method.image_transform import ImageReader
 from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, GateAndExperts
 from distributed_eg.runtime.run import Run
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
+from distributed_eg.strategy.predicting import ImageFiles, Prediction, notes_of, predictions
 from distributed_eg.strategy.tasks.task_labels import index_of, label_in_samples, task_labels_of
 
 
@@ -73,6 +75,21 @@ def ask_workers(
         highest = max(highest, *(int(c) for c in dataset.targets.uniques))
     results = iter(run.evaluate([request for plan in plans for request in plan]))
     return [Answers(plan, [next(results) for _ in plan], highest + 1) for plan in plans]
+
+
+def ask_about_files(
+    run: Run, registry: Registry, files: Sequence[str], reader: ImageReader, batch_size: int, method: MethodConfig
+) -> Iterator[Prediction | None]:
+    """Have the workers predict image files; None for those that cannot be read."""
+    gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
+    gate_and_experts, _ = run.shipper.ship(gate, "The gate")
+    shipped, _held = run.shipper.ship(ImageFiles(files, reader), "The image files")
+    shards = max(1, len(run.workers()))
+    notes = notes_of(registry)
+    for result in run.evaluate(_plan(shipped, [-1] * len(files), batch_size, shards, gate_and_experts)):
+        said = predictions(result.tasks, result.confidences, result.classes, result.log_probabilities, notes)
+        for prediction, is_none in zip(said, result.targets.tolist(), strict=True):
+            yield None if is_none else prediction
 
 
 def _plan(

@@ -176,9 +176,13 @@ class Driver:
         """The run, which holds an answer.
 
         Raises:
+            InputError: it was closed.
             StorageError: there is none, or no task of it is finished.
             ExpertGateError: what ``open`` raises.
         """
+        if self.is_closed:
+            kept = "" if self.cluster.storage is None else ", or ExpertGate.load(run_dir)"
+            raise InputError(f"This strategy was closed; make a new one, or predict with strategy.model{kept}.")
         with terminable():
             run = self.open(None) if self.run is None else self.run
         if not self.registry.manifests:
@@ -205,8 +209,6 @@ class Driver:
         Raises:
             ExpertGateError: what ``change`` and ``open_to_ask`` raise.
         """
-        if self.is_closed:
-            raise InputError("This strategy was closed; make a new one.")
         run = self.open_to_ask()
         change(run.life)
         self._attach()

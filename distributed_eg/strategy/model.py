@@ -19,7 +19,9 @@ from distributed_eg.method.backbone import (
     Weights,
     build_network,
     features_at,
+    image_shape,
     last_feature_layer,
+    torch_device,
     weights_text,
 )
 from distributed_eg.method.expert import logits_of
@@ -31,9 +33,9 @@ from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors
-from distributed_eg.strategy.predicting import Images, Prediction, batches_of, notes_of, reader_for
+from distributed_eg.strategy.predicting import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
-from distributed_eg.types import AutoencoderKind
+from distributed_eg.types import AutoencoderKind, TaskId
 
 _DEFAULT_LAYER = "features"
 
@@ -57,35 +59,6 @@ def _with_plain_head(network: nn.Module) -> nn.Module:
         for name in changing:
             set_head(network, name, network.get_submodule(f"{name}.classifier"))
     return network
-
-
-def torch_device(device: object) -> torch.device | None:
-    """A device by its name or number; None stays None.
-
-    Raises:
-        InputError: torch knows no such device.
-    """
-    if device is None or isinstance(device, torch.device):
-        return device
-    try:
-        return torch.device(device if isinstance(device, str) else given.whole(device, "device", least=0))
-    except (RuntimeError, InputError) as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        raise InputError(f"device is {given.shown(device)}, which torch does not know: {first_line}") from error
-
-
-def image_shape(shape: object) -> tuple[int, int, int]:
-    """(channels, height, width) as three integers.
-
-    Raises:
-        BackboneError: it is something else.
-    """
-    try:
-        channels, height, width = (given.whole(side, "a side", least=1) for side in shape)  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
-        says = "it must be (channels, height, width) of one image, whole numbers from 1."
-        raise BackboneError(f"shape is {given.shown(shape)}; {says}") from error
-    return channels, height, width
 
 
 class ExpertGate(nn.Module):
@@ -288,6 +261,15 @@ class ExpertGate(nn.Module):
         reader_of = partial(reader_for, predictor.notes, given_transform(transform, self.shape), self.shape)
         batches = batches_of(images, given.whole(batch_size, "batch_size", least=1), reader_of)
         return [found for batch in batches for found in predictor.predict(self._images(batch), self._features)]
+
+    @property
+    def notes(self) -> dict[TaskId, TaskNotes]:
+        """Of each task that the gate knows: its classes, their names, and what its images go through.
+
+        Raises:
+            InputError: nothing is trained yet.
+        """
+        return dict(self._trained().notes)
 
     def _trained(self) -> Predictor:
         if self._predictor is None:

@@ -160,8 +160,8 @@ def _read(reader: ImageReader, image: object) -> Tensor:
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Image files as samples; the second value is 1 for those that cannot be read, which are black."""
 
-    def __init__(self, paths: Sequence[str], reader: ImageReader, shape: tuple[int, int, int]) -> None:
-        self._paths, self._reader, self._shape = paths, reader, shape
+    def __init__(self, paths: Sequence[str], reader: ImageReader) -> None:
+        self._paths, self._reader = paths, reader
 
     def __len__(self) -> int:
         """Number of files."""
@@ -172,7 +172,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         try:
             return self._reader.open(self._paths[index]), 0
         except InputError:
-            return torch.zeros(self._shape), 1
+            return torch.zeros(self._reader.shape), 1
 
 
 def predictions(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Self
 
 import pyarrow as pa
 
 from distributed_eg import given
+from distributed_eg.config import MethodConfig
+from distributed_eg.method.image_transform import given_transform
+from distributed_eg.runtime.signals import terminable
 from distributed_eg.schedule.events import WorkerJoined
+from distributed_eg.strategy.answers import ask_about_files
 from distributed_eg.strategy.driver import Driver
+from distributed_eg.strategy.predicting import Prediction, notes_of, reader_for
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
 
 
@@ -17,6 +23,7 @@ class RunHolder(ExpertLoop):
     """The part of a strategy that is about its run."""
 
     _driver: Driver
+    method: MethodConfig
 
     @property
     def registry(self) -> pa.Table:
@@ -37,6 +44,31 @@ class RunHolder(ExpertLoop):
     def workers(self) -> list[WorkerJoined]:
         """Name and node of each worker that is up; none before the first ``train``."""
         return [] if self._driver.run is None else self._driver.run.workers()
+
+    def predict(
+        self, files: Sequence[str | os.PathLike[str]], *, transform: object = None, batch_size: int = 32
+    ) -> list[Prediction | None]:
+        """What each of many image files shows, on the workers, which see these files; None for those that cannot be
+        read. ``strategy.model.predict`` is the same in this process, for tensors and images of Pillow's, too.
+
+        Args:
+            files: their paths, as workers see them.
+            transform: as in ``model.predict``.
+            batch_size: images a batch.
+
+        Raises:
+            InputError: a value cannot be used, or what images go through must be said.
+            StorageError: the run holds no finished task.
+        """
+        driver = self._driver
+        paths = [os.path.abspath(given.path(file, "a file")) for file in files]
+        batch_size, shape = given.whole(batch_size, "batch_size", least=1), self.model.shape
+        run = driver.open_to_answer()
+        reader = reader_for(notes_of(driver.registry), given_transform(transform, shape), shape)
+        if not paths:
+            return []
+        with terminable(), run.working():
+            return list(ask_about_files(run, driver.registry, paths, reader, batch_size, self.method))
 
     def retire(self, label: int) -> None:
         """Have the gate do without the task with that label, from now on and for tasks to come; twice is once.

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
+from distributed_eg.method.backbone import torch_device
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps
 from distributed_eg.runtime.signals import terminable
@@ -27,7 +28,7 @@ from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
-from distributed_eg.strategy.model import ExpertGate, torch_device
+from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.run_holder import RunHolder
 from distributed_eg.strategy.tasks.experiences import parts_of
 from distributed_eg.strategy.tasks.intake import Intake, Streams, evaluation_parts
@@ -287,9 +288,6 @@ class ExpertGateStrategy(RunHolder):
         driver = self._driver
         if driver.run is None and not driver.cluster.resume:
             return self._eval(exp_list, **kwargs)
-        if driver.is_closed:
-            kept = "" if driver.cluster.storage is None else ", or ExpertGate.load(run_dir)"
-            raise InputError(f"This strategy was closed; predict with strategy.model{kept}.")
         run = driver.open_to_answer()
         # A generator can be read only once; its experiences are needed twice.
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")

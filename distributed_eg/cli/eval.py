@@ -1,0 +1,90 @@
+"""``distributed-eg eval``: what a run answers on a task sequence's test images, without training anything."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from distributed_eg import given
+from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, folder_name, open_run
+from distributed_eg.cli.outcome import outcome_of
+from distributed_eg.errors import InputError
+
+if TYPE_CHECKING:
+    from distributed_eg.benchmarks.benchmark import Benchmark
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(WorkerOptions, BenchmarkOptions):
+    """Route a task sequence's test images with a run that is there, on worker actors."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory: a path, or any pyarrow.fs URI."""
+    seed: int | None = None
+    """Seed of which images are drawn; the run's own where not given."""
+    save_images: str | None = None
+    """Also write the test images into this folder, as PNG files in a folder a class: what predict can be tried on."""
+    json: bool = False
+    """Print one JSON object as the last line of stdout; what people read goes to stderr."""
+
+
+def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes]) -> None:
+    """Route a task sequence's test images with a run that is there, on worker actors."""
+    from distributed_eg.cli.display import Display
+
+    options.check()
+    folder = None if options.save_images is None else Path(given.path(options.save_images, "--save-images"))
+    display = Display(to_stderr=options.json)
+    with open_run(options.run, options) as strategy:
+        seed = strategy.method.seed if options.seed is None else options.seed
+        benchmark = options.make(strategy.model.shape[1], seed)
+        if benchmark.shape != strategy.model.shape:
+            raise InputError(
+                f"The run takes images of shape {strategy.model.shape}, {benchmark.name} has {benchmark.shape}."
+            )
+        started = time.perf_counter()
+        with display.evaluating():
+            metrics = strategy.eval(benchmark.scenario.streams["test"])
+        if missing := sorted(set(benchmark.labels) - set(strategy.registry["label"].to_pylist())):
+            raise InputError(
+                f"The run has no tasks with the labels {missing}: give those that it has (--tasks, --first-label, "
+                "--first-class); `distributed-eg tasks` lists them."
+            )
+        outcome = outcome_of(strategy, metrics, benchmark, 0.0, time.perf_counter() - started)
+    display.table(outcome)
+    if folder is not None:
+        display.say(f"{_save_images(benchmark, folder)} test images are in {folder}.")
+    if options.json:
+        print(json.dumps(asdict(outcome)))
+
+
+def _save_images(benchmark: Benchmark, folder: Path) -> int:
+    """Write the test images, and return how many.
+
+    Raises:
+        InputError: they do not come back as they were: the benchmark's transform is not the one they went through.
+    """
+    import torch
+    from torchvision.transforms.functional import to_pil_image
+
+    from distributed_eg.benchmarks.benchmark import IMAGENET_MEAN, IMAGENET_STD
+    from distributed_eg.method.image_transform import ImageReader, ImageTransform
+
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    reader = ImageReader(ImageTransform.of(benchmark.transform, "RGB"), benchmark.shape)
+    count = 0
+    for experience in benchmark.scenario.streams["test"]:
+        for image, target, *_ in experience.dataset:
+            pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            file = folder / folder_name(benchmark.class_names[int(target)]) / f"{count:06d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(pixels).save(file)
+            if not torch.equal(reader.open(file), image):
+                raise InputError(f"{file} does not hold the image that was evaluated.")
+            count += 1
+    return count

@@ -1,0 +1,142 @@
+"""Options that several commands share: which tasks, and where the work is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from distributed_eg import given
+from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
+from distributed_eg.config import ClusterConfig, Engine, Resume
+
+if TYPE_CHECKING:
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from distributed_eg.benchmarks import Benchmark
+    from distributed_eg.strategy.strategy import ExpertGateStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """A task sequence, or a part of one."""
+
+    benchmark: str = "embedded"
+    """Task sequence: embedded (real images that come inside installed packages), split-mnist, split-fashion-mnist,
+    split-mnist+fashion or split-cifar10."""
+    data: str | None = None
+    """Folder of the torchvision datasets."""
+    download: bool = False
+    """Download a missing dataset into --data."""
+    train_per_task: int | None = None
+    """Training images a task; all there are, or 240 for embedded."""
+    test_per_task: int | None = None
+    """Test images a task; all there are, or 120 for embedded."""
+    tasks: tuple[int, ...] | None = None
+    """Only the tasks at these positions, from 0."""
+    first_label: int = 0
+    """Task label of the sequence's first task; the others follow. A run knows a task by its label."""
+    first_class: int = 0
+    """Class id of the sequence's first class; the others follow."""
+
+    def check(self) -> None:
+        """Refuse what is known to be wrong before anything heavy is loaded.
+
+        Raises:
+            InputError: there is no such benchmark, or the folder has no name.
+        """
+        if self.data is not None:
+            given.text(self.data, "--data")
+        if self.benchmark not in BENCHMARKS:
+            make_benchmark(self.benchmark)  # says which names there are
+
+    def make(self, image_size: int | None, seed: int) -> Benchmark:
+        """The tasks; ``InputError`` where they cannot be had."""
+        from distributed_eg.benchmarks.benchmark import part_of
+
+        benchmark = make_benchmark(
+            self.benchmark,
+            data=self.data,
+            download=self.download,
+            image_size=image_size,
+            train_per_task=self.train_per_task,
+            test_per_task=self.test_per_task,
+            seed=seed,
+        )
+        return part_of(benchmark, self.tasks, self.first_label, self.first_class)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where the work is done."""
+
+    engine: Engine = "ray"
+    """ray (worker actors) or inline (this process)."""
+    address: str | None = None
+    """Ray cluster to attach to; else RAY_ADDRESS; else Ray is started here and stopped at the end."""
+    num_workers: int | Literal["auto"] = "auto"
+    """Worker actors; auto is one per GPU, else one per CPU, and more when nodes join."""
+    gpus_per_worker: float | None = None
+    """GPUs that each worker holds, fractions allowed."""
+
+    def cluster(self, storage: str, resume: Resume, threads: int, **others: object) -> ClusterConfig:
+        """The configuration; ``InputError`` where it cannot be used."""
+        if self.address is not None:
+            given.text(self.address, "--address")
+        return ClusterConfig(
+            engine=self.engine,
+            address=self.address,
+            num_workers=self.num_workers,
+            gpus_per_worker=self.gpus_per_worker,
+            threads=threads,
+            storage=storage,
+            resume=resume,
+            **others,  # type: ignore[arg-type]
+        )
+
+
+def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
+    """A strategy that asks the run at this place, as it was made.
+
+    Raises:
+        ExpertGateError: there is none, its network was a module of the user's own, or a file is damaged.
+    """
+    import torch
+
+    from distributed_eg.store import layout
+    from distributed_eg.store.storage import Storage
+    from distributed_eg.strategy.model import ExpertGate
+    from distributed_eg.strategy.strategy import ExpertGateStrategy
+
+    model = ExpertGate.load(run)
+    record = Storage(run).read_record(layout.RUN)
+    method = dict(record["method"])
+    autoencoder = method.pop("autoencoder")
+    names = {"latent_dim": "ae_latent_dim"}
+    if autoencoder.pop("kind") == "sgd":
+        names |= {"lr": "ae_lr", "epochs": "ae_train_epochs", "batch_size": "ae_train_mb_size"}
+        names |= {"optimizer": "ae_optimizer"}
+    method |= {names[name]: value for name, value in autoencoder.items() if name in names}
+    return ExpertGateStrategy(
+        model=model,
+        optimizer=torch.optim.SGD(model.expert.parameters(), lr=0.0),
+        eval_mb_size=method.pop("feature_batch_size"),
+        evaluator=silent_evaluator,
+        cluster=where.cluster(run, "append", record["threads"]),
+        **method,
+    )
+
+
+def silent_evaluator() -> EvaluationPlugin:
+    """An evaluator without loggers: a command shows its own progress."""
+    import warnings
+
+    from avalanche.training.plugins import EvaluationPlugin
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No loggers specified")
+        return EvaluationPlugin()
+
+
+def folder_name(class_name: str) -> str:
+    """What a folder of a class's images is called."""
+    return class_name.replace("/", "-").strip()

@@ -1,0 +1,75 @@
+"""``distributed-eg tasks``: what a run has learnt."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Annotated
+
+import tyro
+
+from distributed_eg.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksOptions:
+    """List the finished tasks of a run, with their sizes, parents and versions."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Run directory: a path, or any pyarrow.fs URI."""
+    json: bool = False
+    """Print one JSON object as the last line of stdout; what people read goes to stderr."""
+
+
+@dataclass(frozen=True)
+class TaskLine:
+    """One task, in its newest version."""
+
+    task: int
+    label: int
+    classes: dict[int, str | None]
+    """Names by class id, None where nobody said them."""
+    num_images: int
+    """Training images of the newest version, validation part apart."""
+    num_bytes: int
+    """Of its newest autoencoder and expert in the run directory."""
+    parent: int | None
+    """None: the pretrained root."""
+    transfer: str
+    versions: int
+    finished: str
+    """When its newest version was sealed: UTC, ISO 8601."""
+    is_retired: bool
+
+
+def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes]) -> None:
+    """List the finished tasks of a run, with their sizes, parents and versions."""
+    from distributed_eg.cli.display import Display
+    from distributed_eg.store import layout
+    from distributed_eg.store.registry import Registry
+    from distributed_eg.store.storage import Storage
+
+    storage = Storage(options.run)
+    if not storage.exists(layout.RUN):
+        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
+    registry = Registry.read(storage)
+    first = {version: task for task, manifest in registry.newest.items() for version in manifest.versions}
+    lines = [
+        TaskLine(
+            task=task,
+            label=manifest.label,
+            classes=registry.arrivals[manifest.task].names,
+            num_images=registry.autoencoders[manifest.task].num_samples,
+            num_bytes=manifest.autoencoder.size_bytes + manifest.expert.size_bytes,
+            parent=None if manifest.parent is None else first[manifest.parent],
+            transfer=manifest.transfer,
+            versions=len(manifest.versions),
+            finished=datetime.fromtimestamp(storage.modified_s(manifest.path), UTC).isoformat(timespec="seconds"),
+            is_retired=task not in registry.active,
+        )
+        for task, manifest in registry.newest.items()
+    ]
+    Display(to_stderr=options.json).tasks(lines)
+    if options.json:
+        print(json.dumps({"tasks": [asdict(line) for line in lines]}))

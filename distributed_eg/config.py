@@ -139,7 +139,7 @@ class ClusterConfig:
 
 def _resume(value: object) -> Resume:
     if isinstance(value, str) and value != "append":
-        raise InputError(f"ClusterConfig.resume is {given.shown(value)}; it must be True, False or 'append'.")
+        raise InputError(f"ClusterConfig.resume is {given.shown(value)}; it must be True or False, or 'append'.")
     return "append" if isinstance(value, str) else given.flag(value, "ClusterConfig.resume")
 
 

@@ -12,13 +12,12 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from distributed_eg.cli.outcome import RunOutcome, TaskOutcome
+from distributed_eg.cli.outcome import RunOutcome, TaskLine, TaskOutcome
 from distributed_eg.masking import masked
 from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
 
 if TYPE_CHECKING:
-    from distributed_eg.cli.tasks import TaskLine
     from distributed_eg.strategy.predicting import Prediction
 
 

@@ -1,4 +1,4 @@
-"""What a run came to: one value that is printed as JSON and drawn as a table."""
+"""What a run came to, and what it holds: values that are printed as JSON and drawn as tables."""
 
 from __future__ import annotations
 
@@ -52,6 +52,27 @@ class RunOutcome:
     """Path or URI, without what the URI keeps secret: this is printed and logged."""
     tasks: list[TaskOutcome]
     """Those of the benchmark."""
+
+
+@dataclass(frozen=True)
+class TaskLine:
+    """One task, in its newest version."""
+
+    task: int
+    label: int
+    classes: dict[int, str | None]
+    """Names by class id, None where nobody said them."""
+    num_images: int
+    """Training images of the newest version, validation part apart."""
+    num_bytes: int
+    """Of its newest autoencoder and expert in the run directory."""
+    parent: int | None
+    """None: the pretrained root."""
+    transfer: str
+    versions: int
+    finished: str
+    """When its newest version was sealed: UTC, ISO 8601."""
+    is_retired: bool
 
 
 def outcome_of(

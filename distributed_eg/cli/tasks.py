@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from distributed_eg.cli.outcome import TaskLine
 from distributed_eg.errors import InputError
 
 
@@ -20,27 +21,6 @@ class TasksOptions:
     """Run directory: a path, or any pyarrow.fs URI."""
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
-
-
-@dataclass(frozen=True)
-class TaskLine:
-    """One task, in its newest version."""
-
-    task: int
-    label: int
-    classes: dict[int, str | None]
-    """Names by class id, None where nobody said them."""
-    num_images: int
-    """Training images of the newest version, validation part apart."""
-    num_bytes: int
-    """Of its newest autoencoder and expert in the run directory."""
-    parent: int | None
-    """None: the pretrained root."""
-    transfer: str
-    versions: int
-    finished: str
-    """When its newest version was sealed: UTC, ISO 8601."""
-    is_retired: bool
 
 
 def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes]) -> None:

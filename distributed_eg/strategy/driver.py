@@ -8,7 +8,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 
 import pyarrow as pa
@@ -25,10 +25,12 @@ from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps, load
 from distributed_eg.runtime.run import Run
 from distributed_eg.runtime.signals import terminable
+from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.avalanche_types import Template
@@ -77,13 +79,49 @@ class Driver:
         self._close: weakref.finalize[[], Driver] | None = None
         self._reader: ExpertReader | None = None
         self._layers: list[tuple[str, type, list[bool]]] = []
+        self._referred: Registry | None = None
+        """What the run held when this driver was unpickled, which refers to it; None: it begins the run itself."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """A reference to the run, where there is one: ``take_up`` makes a driver of it that goes on."""
+        state = {**vars(self), "run": None, "_model": None, "_close": None, "_reader": None}
+        if self.run is not None:
+            cluster = replace(self.cluster, storage=self.run.storage.uri, resume="append")
+            state |= {"cluster": cluster, "reference": None, "_referred": Registry()}  # what it gave is in the run
+        return state
+
+    def take_up(self, model: ExpertGate) -> None:
+        """Go on as the driver of an unpickled strategy; ``model`` gets the run's gate, where it holds none itself.
+
+        Raises:
+            StorageError: the run cannot be read.
+        """
+        self._model = model
+        if self._referred is not None:
+            storage = self._storage_of_run()
+            if storage is not None:
+                self._referred = Registry.read(storage, without_damaged=True).of_sealed()
+                self._attach_from(storage, self._referred)
+            elif not model.is_trained:
+                raise self._gone()
+
+    def _storage_of_run(self) -> Storage | None:
+        """The run directory that this refers to, where it is there still."""
+        storage = Storage(str(self.cluster.storage))
+        return storage if storage.exists(layout.RUN) else None
+
+    def _gone(self) -> StorageError:
+        return StorageError(
+            f"The run {Storage(str(self.cluster.storage)).shown!r} is gone, to which this strategy refers, which was "
+            "copied or pickled: it cannot go on. Give the next one ClusterConfig(storage=…), a folder that stays."
+        )
 
     @property
     def registry(self) -> Registry:
         """What the run's driver has seen, or before it has been given anything what the run holds; empty before there
         is a run."""
         if self.run is None:
-            return Registry()
+            return self._referred or Registry()
         return self.run.registry if self.run.registry.manifests else self.run.recorded.of_sealed()
 
     @property
@@ -133,7 +171,7 @@ class Driver:
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Registry and relatedness table; empty before there is a run."""
-        if self.run is None:
+        if self.run is None and self._referred is None:
             return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
         return self.registry.tables()
 
@@ -149,6 +187,8 @@ class Driver:
         if self.is_closed:
             raise InputError("This strategy was closed; make a new one.")
         if self.run is None:
+            if self._referred is not None and self._storage_of_run() is None:
+                raise self._gone()
             model, cluster = self._model, self.cluster
             root = Root(model.expert, model.head, model.output_layer_name, model.shape, model.describe())
             by_ray = cluster.engine == "ray" and (self.device is None or self.device.startswith("cuda"))
@@ -282,10 +322,15 @@ class Driver:
             run.fit_reference(shipped)
 
     def _attach(self) -> None:
-        run, model, registry = self.run, self._model, self.registry
-        if run is not None and registry.manifests and registry.statistics is not None:
+        if self.run is not None:
+            self._attach_from(self.run.storage, self.registry)
+
+    def _attach_from(self, storage: Storage, registry: Registry) -> None:
+        """Give the model the gate over the tasks of a registry, and where their experts are."""
+        model = self._model
+        if registry.manifests and registry.statistics is not None:
             if self._reader is None:
-                load = partial(load_tensors, run.storage)
+                load = partial(load_tensors, storage)
                 self._reader = ExpertReader(
                     load, model.expert, model.head, self.cluster.max_resident_experts, model.device
                 )

@@ -263,6 +263,11 @@ class ExpertGate(nn.Module):
         return [found for batch in batches for found in predictor.predict(self._images(batch), self._features)]
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it has a gate and experts."""
+        return self._predictor is not None
+
+    @property
     def notes(self) -> dict[TaskId, TaskNotes]:
         """Of each task that the gate knows: its classes, their names, and what its images go through.
 
@@ -318,6 +323,12 @@ class ExpertGate(nn.Module):
         predictor = self._take(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._predictor = predictor
+
+    def without_answers(self) -> ExpertGate:
+        """The same network, without gate and experts: what a reference to a run holds of its model."""
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self), _predictor=None)
+        return other
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle and deepcopy: the predictor becomes tensors, experts included."""

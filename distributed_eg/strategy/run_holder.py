@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -17,6 +17,7 @@ from distributed_eg.strategy.answers import ask_about_files
 from distributed_eg.strategy.driver import Driver
 from distributed_eg.strategy.predicting import Prediction, notes_of, reader_for
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
+from distributed_eg.strategy.training.packing import lasting_state
 
 
 class RunHolder(ExpertLoop):
@@ -24,6 +25,21 @@ class RunHolder(ExpertLoop):
 
     _driver: Driver
     method: MethodConfig
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle, deepcopy and Avalanche's checkpoints: a reference to the run, by its run directory, that goes on
+        with it as ``resume="append"`` does. Without a ``storage`` the model holds its experts, and can predict when the
+        run's temporary folder is gone, but nothing can be trained then."""
+        state = lasting_state(self)
+        driver: Driver | None = state.get("_driver")  # none on a worker
+        if driver is not None and driver.run is not None and driver.cluster.storage is not None:
+            state["model"] = self.model.without_answers()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "_driver" in state:
+            self._driver.take_up(self.model)
 
     @property
     def registry(self) -> pa.Table:

@@ -59,10 +59,7 @@ def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMe
     Raises:
         InputError: a plugin, the criterion, or an attribute of a subclass, cannot be pickled; it is named.
     """
-    state = {name: value for name, value in vars(strategy).items() if name not in driver_only}
-    # What an interrupted loop left behind is no part of the strategy, and may be whole datasets.
-    state |= {name: None for name in ("experience", "adapted_dataset", "mbatch", "mb_output")}
-    state |= {"dataloader": [], "current_eval_stream": [], "is_training": False}
+    state = {name: value for name, value in lasting_state(strategy).items() if name not in driver_only}
     own = f"of the strategy {type(strategy).__name__}"
     parts = [("plugins", f"The plugin {type(plugin).__name__}", plugin) for plugin in state.pop("plugins")]
     parts += [(name, f"The attribute {name!r} {own}", value) for name, value in state.items()]
@@ -77,6 +74,12 @@ def pack(strategy: Template, driver_only: Container[str], fresh_metrics: FreshMe
     metrics = tuple(known[id(m)] if id(m) in known else _pack_metric(strategy, m) for m in evaluator.metrics)
     named = tuple((name, what) for name, what, _ in parts)
     return PackedStrategy(named, buffer.getvalue(), metrics, evaluator.collect_all, heard_by(evaluator.loggers))
+
+
+def lasting_state(strategy: Template) -> dict[str, Any]:
+    """A strategy's attributes, but what an interrupted loop left behind: no part of it, and maybe whole datasets."""
+    passing = {name: None for name in ("experience", "adapted_dataset", "mbatch", "mb_output")}
+    return {**vars(strategy), **passing, "dataloader": [], "current_eval_stream": [], "is_training": False}
 
 
 def pack_metrics(strategy: Template) -> FreshMetrics:

@@ -211,7 +211,11 @@ def _wrong_exports(
 ) -> Iterator[Damage]:
     """What is wrong with the exported tables, where no record is; ``lags``: they may tell of an earlier state."""
     manifests, timings = _sealed(found)
-    lags |= len(manifests) < sum(isinstance(record, records.TaskRecord) for record in found.records.values())
+    num_tasks = sum(isinstance(record, records.TaskRecord) for record in found.records.values())
+    stream = found.records.get(records.StreamRecord.path_of())
+    # A call that was cut off may have sealed its last task and not have come to writing the tables.
+    has_ended = isinstance(stream, records.StreamRecord) and stream.num_tasks >= num_tasks
+    lags |= len(manifests) < num_tasks or not has_ended
     registry, relatedness = _tables(found)
     possible = ([*registry_rows(manifests, timings)], relatedness.to_pylist())
     for path, table, rows in zip(_EXPORTS, (registry, relatedness), possible, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.config import Resume
 from distributed_eg.errors import InputError, StorageError
-from distributed_eg.store.storage import Storage
+from distributed_eg.store import records
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.verification import collect, unnamed, verify
 from tests.helpers import SETTINGS, content, hashes, tiny_benchmark, tiny_net, tiny_strategy
 from tests.inside import registry_of
@@ -163,3 +165,87 @@ def test_without_a_storage_it_works_too() -> None:
         strategy.train(tiny_benchmark((0, 1)).train_stream)
         strategy.retire(0)
         assert set(strategy.model.gate(images_of(0)).tasks.tolist()) == {1}
+
+
+class Killed(BaseException):
+    """Ends a call where it stands."""
+
+
+def life(storage: Path) -> list[Any]:
+    """The calls of a run's life after its first two tasks, each in a process of its own, in their order."""
+    stream_of = list(tiny_benchmark((0, 1, 2, 0)).train_stream)
+    more = tiny_benchmark((0, 1), train=40).train_stream[1]
+
+    def call(use: Any) -> Any:
+        def of_process() -> None:
+            with opened(storage) as strategy:
+                use(strategy)
+
+        return of_process
+
+    return [
+        call(lambda strategy: strategy.train(stream_of[2])),
+        call(lambda strategy: strategy.retire(2)),
+        call(lambda strategy: strategy.update(more)),
+        call(lambda strategy: strategy.train(stream_of[3])),
+        call(lambda strategy: strategy.restore(2)),
+    ]
+
+
+def begun(storage: Path) -> None:
+    """A run of two tasks."""
+    with opened(storage) as strategy:
+        strategy.train(tiny_benchmark((0, 1, 2, 0)).train_stream[:2])
+
+
+def test_ended_at_every_seal_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an append, a retire, an update: before a record is sealed and after it."""
+    begun(tmp_path / "undisturbed")
+    for call in life(tmp_path / "undisturbed"):
+        call()
+    begun(tmp_path / "run")
+    seal, countdown, points = records.seal, [-1], 0
+
+    def sealing(storage: Storage, record: records.Record) -> Artifact:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+        sealed = seal(storage, record)
+        if isinstance(
+            record, records.StreamRecord
+        ):  # with this the call has ended, and to give it again is another one
+            return sealed
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+        return sealed
+
+    monkeypatch.setattr(records, "seal", sealing)
+    for number, call in enumerate(life(tmp_path / "run")):
+        shutil.copytree(tmp_path / "run", tmp_path / "before")
+        call()
+        for point in range(1, 100):
+            shutil.copytree(tmp_path / "before", tmp_path / "tried")
+            tried = life(tmp_path / "tried")[number]
+            countdown[0] = point
+            is_killed = _is_killed(tried)
+            countdown[0] = -1
+            if is_killed:
+                points += 1
+                assert verify(Storage(str(tmp_path / "tried"))).damages == (), (number, point)
+                tried()
+            assert content(tmp_path / "tried") == content(tmp_path / "run"), (number, point)
+            shutil.rmtree(tmp_path / "tried")
+            if not is_killed:
+                break
+        shutil.rmtree(tmp_path / "before")
+    assert points > 20
+    assert content(tmp_path / "run") == content(tmp_path / "undisturbed")
+
+
+def _is_killed(call: Any) -> bool:
+    try:
+        call()
+    except Killed:
+        return True
+    return False

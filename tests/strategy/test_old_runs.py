@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from distributed_eg.errors import InputError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import verify
 from tests.store.old_runs import make
@@ -101,3 +103,23 @@ def test_an_interrupted_run_comes_to_the_end_of_an_undisturbed_one(run: Path, tm
     if weights(undisturbed).items() >= before.items():
         assert after == weights(undisturbed)
         assert registry == expected
+
+
+@resumes
+@pytest.mark.parametrize("run", ["finished"], indirect=True)
+def test_it_is_evaluated_predicts_and_takes_a_new_task(run: Path) -> None:
+    """Without the data of its tasks."""
+    before, stream = weights(run), make.benchmark("interrupted").train_stream
+    with make.strategy_in(run) as strategy:
+        strategy._driver.cluster = replace(strategy._driver.cluster, resume="append")
+        metrics = strategy.eval(make.benchmark("finished").train_stream[1])
+        assert metrics["EndToEnd_Acc_Exp/eval_phase/train_stream/Task003/Exp001"] > 0.5
+        images = make.images_of(0, 4, 9)[0]
+        said = strategy.model.predict(images)
+        assert [prediction.class_name for prediction in said] == [None] * 4
+        with pytest.raises(InputError, match="give transform="):
+            strategy.predict(["a.png"])
+        strategy.train(stream[2])
+        assert [row["label"] for row in strategy.registry.to_pylist()] == [7, 3, 2]
+    assert weights(run).items() >= before.items()
+    assert verify(Storage(str(run))).damages == ()

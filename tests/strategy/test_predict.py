@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,29 @@ def test_files_are_told_by_name(trained: ExpertGateStrategy, folders: Path) -> N
         assert {p.class_name, p.second_class_name} == set(NAMES[p.task])
         assert p.second_confidence == pytest.approx(1 - p.confidence, abs=1e-6)  # float32 softmax over two classes
         assert 0.5 <= p.task_confidence <= 1
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        pytest.param({"engine": "inline"}, id="inline"),
+        pytest.param({"num_workers": 2}, id="ray", marks=[pytest.mark.ray]),
+    ],
+)
+def test_workers_say_the_same(
+    cluster: dict[str, Any], trained: ExpertGateStrategy, folders: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if "engine" not in cluster:
+        request.getfixturevalue("ray_local")
+    files = sorted((folders / "test").rglob("*.png"))
+    expected = trained.model.predict(files, batch_size=8)
+    # Without the sessions, for its own driver is at work.
+    run = shutil.copytree(str(trained.run_dir), tmp_path / "run", ignore=shutil.ignore_patterns("sessions"))
+    (tmp_path / "none.png").write_bytes(b"none")
+    with tiny_strategy(ClusterConfig(storage=run, resume="append", **cluster)) as strategy:
+        assert strategy.predict(files, batch_size=8) == expected
+        assert strategy.predict([files[0], tmp_path / "none.png", tmp_path / "gone.png"])[1:] == [None, None]
+        assert strategy.predict([]) == []
 
 
 def test_whatever_way_the_images_come(trained: ExpertGateStrategy, folders: Path) -> None:

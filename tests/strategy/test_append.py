@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
@@ -19,7 +22,17 @@ from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import DamagedFileError, HookError, InputError, ResumeError, RunInUseError, StorageError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import verify
-from tests.helpers import DOMAINS, SETTINGS, SHAPE, content, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import (
+    DOMAINS,
+    SETTINGS,
+    SHAPE,
+    content,
+    hashes,
+    task_images,
+    tiny_benchmark,
+    tiny_net,
+    tiny_strategy,
+)
 from tests.inside import registry_of
 from tests.strategy.test_repeats import STEPS, stream
 
@@ -237,3 +250,58 @@ def test_earlier_data_and_the_run_may_have_moved(tmp_path: Path) -> None:
     with appended(tmp_path / "there") as strategy:
         strategy.train(experiences[1])
     assert of_one_process(tmp_path / "one", experiences) == content(tmp_path / "there")
+
+
+TEN = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from avalanche.benchmarks import benchmark_from_datasets, with_task_labels
+from avalanche.benchmarks.utils import DataAttribute, TaskLabels
+from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+from torch.utils.data import TensorDataset
+from distributed_eg import ClusterConfig
+from tests.helpers import SETTINGS, tiny_strategy
+
+storage, *files = sys.argv[1:]
+experiences = []
+for file in files:
+    with np.load(file) as held:
+        leaf = TensorDataset(torch.from_numpy(held["images"]), torch.from_numpy(held["targets"]))
+    leaf.targets = leaf.tensors[1].tolist()
+    labels = TaskLabels([int(Path(file).stem)] * len(leaf))
+    data = ClassificationDataset([leaf], data_attributes=[DataAttribute(leaf.targets, "targets"), labels])
+    experiences += with_task_labels(benchmark_from_datasets(train=[data])).train_stream
+cluster = ClusterConfig(engine="inline", storage=storage, resume="append")
+with tiny_strategy(cluster, **SETTINGS) as strategy:
+    strategy.train(experiences)
+"""
+
+
+@pytest.mark.long
+def test_ten_processes_that_see_only_their_own_data_are_one(tmp_path: Path) -> None:
+    """Each opens its own folder of images; those of earlier tasks are gone by then."""
+    images = [task_images(task % 4, 40, 50 + task) for task in range(10)]
+    script = tmp_path / "process.py"
+    script.write_text(TEN)
+
+    def run(storage: Path, *tasks: int) -> None:
+        for task in tasks:
+            np.savez(tmp_path / f"{task}.npz", images=images[task][0].numpy(), targets=images[task][1].numpy())
+        arguments = [str(storage), *(f"{tmp_path}/{task}.npz" for task in tasks)]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), *arguments],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        for task in tasks:
+            (tmp_path / f"{task}.npz").unlink()
+
+    run(tmp_path / "one", *range(10))
+    for task in range(10):
+        run(tmp_path / "ten", task)
+    assert content(tmp_path / "ten") == content(tmp_path / "one")

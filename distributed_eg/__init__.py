@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from distributed_eg.config import ClusterConfig as ClusterConfig
     from distributed_eg.strategy.metrics import gate_metrics as gate_metrics
     from distributed_eg.strategy.model import ExpertGate as ExpertGate
-    from distributed_eg.strategy.predicting import Prediction as Prediction
+    from distributed_eg.strategy.predictions import Prediction as Prediction
     from distributed_eg.strategy.strategy import ExpertGateStrategy as ExpertGateStrategy
 
 _HOMES = {
     "ClusterConfig": "distributed_eg.config",
     "ExpertGate": "distributed_eg.strategy.model",
     "ExpertGateStrategy": "distributed_eg.strategy.strategy",
-    "Prediction": "distributed_eg.strategy.predicting",
+    "Prediction": "distributed_eg.strategy.predictions",
     "gate_metrics": "distributed_eg.strategy.metrics",
     "make_benchmark": "distributed_eg.benchmarks",
 }

@@ -18,7 +18,7 @@ from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
 
 if TYPE_CHECKING:
-    from distributed_eg.strategy.predicting import Prediction
+    from distributed_eg.strategy.predictions import Prediction
 
 
 _WIDTH = 160

@@ -36,6 +36,8 @@ class EvalOptions(WorkerOptions, BenchmarkOptions):
 def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Route a task sequence's test images with a run that is there, on worker actors."""
     from distributed_eg.cli.display import Display
+    from distributed_eg.store.registry import Registry
+    from distributed_eg.store.storage import Storage
 
     options.check()
     folder = None if options.save_images is None else Path(given.path(options.save_images, "--save-images"))
@@ -47,14 +49,15 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes]) -> None
             raise InputError(
                 f"The run takes images of shape {strategy.model.shape}, {benchmark.name} has {benchmark.shape}."
             )
-        started = time.perf_counter()
-        with display.evaluating():
-            metrics = strategy.eval(benchmark.scenario.streams["test"])
-        if missing := sorted(set(benchmark.labels) - set(strategy.registry["label"].to_pylist())):
+        known = {manifest.label for manifest in Registry.read(Storage(options.run)).newest.values()}
+        if missing := sorted(set(benchmark.labels) - known):
             raise InputError(
                 f"The run has no tasks with the labels {missing}: give those that it has (--tasks, --first-label, "
                 "--first-class); `distributed-eg tasks` lists them."
             )
+        started = time.perf_counter()
+        with display.evaluating():
+            metrics = strategy.eval(benchmark.scenario.streams["test"])
         outcome = outcome_of(strategy, metrics, benchmark, 0.0, time.perf_counter() - started)
     display.table(outcome)
     if folder is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distributed_eg.method.image_transform import ImageReader
-    from distributed_eg.strategy.predicting import Prediction
+    from distributed_eg.strategy.predictions import Prediction
 
     Answer: TypeAlias = Callable[[Sequence[str]], list[Prediction | str]]
     """Files to what they show, or why they cannot be read."""
@@ -59,7 +59,7 @@ class PredictOptions(WorkerOptions):
 def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes]) -> None:
     """Say for each image which class of which task it shows; exit code 1 where one cannot be read."""
     from distributed_eg.cli.display import Display
-    from distributed_eg.strategy.predicting import Prediction
+    from distributed_eg.strategy.predictions import Prediction
 
     given.whole(options.batch_size, "--batch-size", least=1)
     if options.json and options.csv:
@@ -91,8 +91,8 @@ def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes]) -> No
     if not (options.json or options.csv):
         display.predictions(found)
     display.shares(_shares(found, names))
-    for file, reason in failed.items():
-        print(f"distributed-eg: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
+    for reason in failed.values():
+        print(f"distributed-eg: {reason}", file=sys.stderr)
     if failed:
         print(f"distributed-eg: {len(failed)} of {len(files)} images could not be read.", file=sys.stderr)
         sys.exit(1)
@@ -136,7 +136,7 @@ def _opened(options: PredictOptions, stack: ExitStack) -> tuple[Answer, int, Map
 
     from distributed_eg.method.image_transform import given_transform
     from distributed_eg.strategy.model import ExpertGate
-    from distributed_eg.strategy.predicting import reader_for
+    from distributed_eg.strategy.predictions import reader_for
 
     steps = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     transform = None if options.resize is None else [transforms.Resize(options.resize), *steps]
@@ -152,7 +152,7 @@ def _opened(options: PredictOptions, stack: ExitStack) -> tuple[Answer, int, Map
 
     def by_workers(chunk: Sequence[str]) -> list[Prediction | str]:
         said = strategy.predict(chunk, transform=transform, batch_size=size)
-        return [one or str(_read(reader, file)) for file, one in zip(chunk, said, strict=True)]
+        return [one or _why_unread(reader, file) for file, one in zip(chunk, said, strict=True)]
 
     def here(chunk: Sequence[str]) -> list[Prediction | str]:
         images = [_read(reader, file) for file in chunk]
@@ -169,6 +169,12 @@ def _read(reader: ImageReader, file: str) -> Tensor | str:
         return reader.open(file)
     except InputError as error:
         return str(error)
+
+
+def _why_unread(reader: ImageReader, file: str) -> str:
+    """Why workers could not read a file."""
+    image = _read(reader, file)
+    return image if isinstance(image, str) else f"{file} can be read here, but not where the workers are."
 
 
 def _shares(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +17,7 @@ from distributed_eg.errors import InputError
 from distributed_eg.types import AutoencoderKind, OnTaskFailure
 
 if TYPE_CHECKING:
+    from distributed_eg.benchmarks.benchmark import Benchmark
     from distributed_eg.cli.display import Display
 
 
@@ -102,7 +102,7 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
 
     benchmark = options.make(options.image_size, options.seed)
     if options.append:
-        _refuse_known(benchmark.labels, storage)
+        _refuse_known(benchmark, storage)
     model = ExpertGate(
         shape=benchmark.shape,
         arch=options.arch,
@@ -145,8 +145,8 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
         return outcome_of(strategy, metrics, benchmark, trained - started, evaluated - trained)
 
 
-def _refuse_known(labels: Sequence[int], storage: str) -> None:
-    """A sequence holds each label once: one that the run has is another task, and no later version of it.
+def _refuse_known(benchmark: Benchmark, storage: str) -> None:
+    """A sequence holds each label and each class id once: one that the run has is another task's, or another class's.
 
     Raises:
         InputError: the run has one, and no command that was cut off brought it.
@@ -155,9 +155,12 @@ def _refuse_known(labels: Sequence[int], storage: str) -> None:
     from distributed_eg.store.storage import Storage
 
     registry = Registry.read(Storage(storage), without_damaged=True)
-    ended = {manifest.label for manifest in registry.newest.values() if manifest.task < registry.num_ended}
-    if known := sorted(ended & set(labels)):
-        raise InputError(
-            f"The run has tasks with the labels {known} already: choose others (--tasks), or have theirs start higher "
-            "(--first-label, and --first-class for their classes)."
-        )
+    ended = [manifest for manifest in registry.newest.values() if manifest.task < registry.num_ended]
+    labels = {manifest.label for manifest in ended} & set(benchmark.labels)
+    classes = {c for manifest in ended for c in manifest.classes} & benchmark.class_names.keys()
+    for what, known, option in (("labels", labels, "first-label"), ("class ids", classes, "first-class")):
+        if known:
+            raise InputError(
+                f"The run has the {what} {sorted(known)} already: choose other tasks (--tasks), or have theirs start "
+                f"higher (--{option})."
+            )

@@ -184,21 +184,19 @@ class Storage:
 
     def size(self, path: str) -> int:
         """Size of a file in bytes; ``StorageError`` where it is not there."""
-        self._check(path)
-        with self._asking(path):
-            info = self._fs.get_file_info(path)
-        if info.size is None:
-            raise StorageError(f"The run directory {self.shown!r} has no file {path!r}.")
-        return int(info.size)
+        return int(self._info(path).size)
 
     def modified_s(self, path: str) -> float:
         """When a file was written, in seconds since 1970; ``StorageError`` where it is not there."""
+        return float(self._info(path).mtime.timestamp())
+
+    def _info(self, path: str) -> fs.FileInfo:
         self._check(path)
         with self._asking(path):
             info = self._fs.get_file_info(path)
-        if info.mtime is None:
+        if info.type != fs.FileType.File:
             raise StorageError(f"The run directory {self.shown!r} has no file {path!r}.")
-        return float(info.mtime.timestamp())
+        return info
 
     def walk(self) -> list[str]:
         """Paths of all files of the run directory, sorted; symbolic links are neither listed nor followed."""

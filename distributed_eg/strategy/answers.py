@@ -18,7 +18,7 @@ from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
-from distributed_eg.strategy.predicting import ImageFiles, Prediction, notes_of, predictions
+from distributed_eg.strategy.predictions import ImageFiles, Prediction, notes_of, predictions
 from distributed_eg.strategy.tasks.task_labels import index_of, label_in_samples, task_labels_of
 
 

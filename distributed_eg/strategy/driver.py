@@ -31,12 +31,11 @@ from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
-from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.weights import load_tensors
 from distributed_eg.strategy.avalanche_types import Template
 from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
-from distributed_eg.strategy.predicting import notes_of
+from distributed_eg.strategy.predictions import notes_of
 from distributed_eg.strategy.predictor import Predictor
 from distributed_eg.strategy.tasks.data_identity import reference_identity
 from distributed_eg.strategy.tasks.intake import check_experiences
@@ -83,14 +82,14 @@ class Driver:
         """What the run held when this driver was unpickled, which refers to it; None: it begins the run itself."""
 
     def __getstate__(self) -> dict[str, object]:
-        """A reference to the run, where there is one: ``take_up`` makes a driver of it that goes on."""
+        """A reference to the run, where there is one: ``attach_to`` makes a driver of it that goes on."""
         state = {**vars(self), "run": None, "_model": None, "_close": None, "_reader": None}
         if self.run is not None:
             cluster = replace(self.cluster, storage=self.run.storage.uri, resume="append")
             state |= {"cluster": cluster, "reference": None, "_referred": Registry()}  # what it gave is in the run
         return state
 
-    def take_up(self, model: ExpertGate) -> None:
+    def attach_to(self, model: ExpertGate) -> None:
         """Go on as the driver of an unpickled strategy; ``model`` gets the run's gate, where it holds none itself.
 
         Raises:
@@ -123,6 +122,13 @@ class Driver:
         if self.run is None:
             return self._referred or Registry()
         return self.run.registry if self.run.registry.manifests else self.run.recorded.of_sealed()
+
+    @property
+    def run_dir(self) -> str | None:
+        """Path or URI of the run directory; None before there is a run."""
+        if self.run is None:
+            return None if self._referred is None else str(self.cluster.storage)
+        return self.run.storage.uri
 
     @property
     def follows(self) -> bool:
@@ -171,8 +177,6 @@ class Driver:
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """Registry and relatedness table; empty before there is a run."""
-        if self.run is None and self._referred is None:
-            return REGISTRY_SCHEMA.empty_table(), RELATEDNESS_SCHEMA.empty_table()
         return self.registry.tables()
 
     def open(self, settings: Mapping[str, object] | None) -> Run:

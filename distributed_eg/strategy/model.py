@@ -33,7 +33,7 @@ from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors
-from distributed_eg.strategy.predicting import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
+from distributed_eg.strategy.predictions import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind, TaskId
 

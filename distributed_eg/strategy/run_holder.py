@@ -15,7 +15,7 @@ from distributed_eg.runtime.signals import terminable
 from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.strategy.answers import ask_about_files
 from distributed_eg.strategy.driver import Driver
-from distributed_eg.strategy.predicting import Prediction, notes_of, reader_for
+from distributed_eg.strategy.predictions import Prediction, notes_of, reader_for
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.packing import lasting_state
 
@@ -39,7 +39,7 @@ class RunHolder(ExpertLoop):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if "_driver" in state:
-            self._driver.take_up(self.model)
+            self._driver.attach_to(self.model)
 
     @property
     def registry(self) -> pa.Table:
@@ -55,7 +55,7 @@ class RunHolder(ExpertLoop):
     def run_dir(self) -> str | None:
         """The run directory's path or URI, to open the run by, and so with whatever secrets the URI holds: mind where
         you print it. None before the first ``train``."""
-        return None if self._driver.run is None else self._driver.run.storage.uri
+        return self._driver.run_dir
 
     def workers(self) -> list[WorkerJoined]:
         """Name and node of each worker that is up; none before the first ``train``."""

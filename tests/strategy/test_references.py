@@ -44,6 +44,7 @@ def test_the_copy_goes_on_to_the_same_bytes(way: str, num_before: int, undisturb
         other = pickle.loads(kept) if way == "pickle" else copy.deepcopy(strategy)
         if num_before:
             assert hashes(other) == hashes(strategy)
+            assert other.run_dir == strategy.run_dir
             images = torch.stack([BENCHMARK.test_stream[0].dataset[i][0] for i in range(5)])
             assert torch.equal(other.model(images), strategy.model(images))
     size_of_expert = sum(tensor.nbytes for tensor in strategy.model.expert.state_dict().values())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from PIL.Image import Image
@@ -109,7 +109,7 @@ def reader_for(
     return ImageReader(first[1], shape)
 
 
-def batches_of(images: Images, batch_size: int, open_reader: Any) -> Iterator[Tensor]:
+def batches_of(images: Images, batch_size: int, open_reader: Callable[[], ImageReader]) -> Iterator[Tensor]:
     """Batches (n, channels, height, width) of what a user gave, in its order; ``open_reader`` is called for a reader
     where there are images that are no tensors yet.
 

@@ -127,6 +127,7 @@ def test_what_is_asked_wrong_is_said_and_changes_nothing(
     append = ("run", *SMALL, "--storage", str(run), "--append")
     file = str(next((images / "rocket").iterdir()))
     assert "labels [1] already" in refused(capsys, *append, "--tasks", "1")
+    assert "class ids [3, 4, 5] already" in refused(capsys, *append, "--tasks", "1", "--first-label", "50")
     assert "has the tasks 0 to 7" in refused(capsys, *append, "--tasks", "8")
     assert "needs --storage" in refused(capsys, "run", *SMALL, "--append")
     assert "begun with" in refused(capsys, *append, "--tasks", "4", "--latent-dim", "20")

@@ -35,13 +35,16 @@ def _split(uri: str) -> tuple[str, set[str]]:
         user = re.split("[/?#]", rest, maxsplit=1)[0].rpartition("@")[0]
     secrets = {user, *user.split(":", 1)}
     place, question, query = rest[len(user) + 1 if user else 0 :].partition("?")
-    shown = []
-    for item in re.split("[&;]", query) if query else []:
+    # Of all that may be the query: an "@" in it may have been taken for the end of a password.
+    for item in filter(None, re.split("[&;]", rest.partition("?")[2])):
         name, equals, value = item.partition("=")
-        if _HARMLESS.fullmatch(item):
-            shown.append(item)
-        else:
+        if not _HARMLESS.fullmatch(item):
             secrets.add(value if equals else name)
-            shown.append(f"{name}={_MASK}" if equals else _MASK)
+    shown = [_shown(item) for item in re.split("[&;]", query) if item]
     secrets |= {unquote(secret) for secret in secrets}
     return f"{scheme}://{f'{_MASK}@' if user else ''}{place}{question}{'&'.join(shown)}", secrets - {""}
+
+
+def _shown(item: str) -> str:
+    name, equals, _ = item.partition("=")
+    return item if _HARMLESS.fullmatch(item) else f"{name}={_MASK}" if equals else _MASK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 TaskId: TypeAlias = int
 """Position in the order of arrival, from 0. A label is the user's name for a task, any integer.
@@ -53,6 +53,24 @@ class TransferChoice:
 
     parent: TaskId | None
     transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class TransformStep:
+    """One of torchvision's transforms: its name, ``v2.`` before those of ``torchvision.transforms.v2``, and what it is
+    made with, as JSON values."""
+
+    name: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTransform:
+    """What an image goes through before the network, as data; equal ones do the same."""
+
+    mode: str
+    """Pillow's name for what images are converted to first, such as RGB."""
+    steps: tuple[TransformStep, ...]
 
 
 def derive_seed(run_seed: int, task: TaskId, purpose: str) -> int:

@@ -184,3 +184,8 @@ def test_public_names_are_found_and_others_are_not() -> None:
     assert set(distributed_eg.__all__) <= set(dir(distributed_eg))
     with pytest.raises(AttributeError, match="'nothing_of_that_name'"):
         _ = distributed_eg.nothing_of_that_name
+
+
+def test_the_coordinator_waits_for_no_torchvision() -> None:
+    """It comes back in seconds when it was killed; torchvision alone takes three."""
+    assert "torchvision" not in loaded_by("distributed_eg.runtime.coordinator")

@@ -76,10 +76,10 @@ def _save_images(benchmark: Benchmark, folder: Path) -> int:
     from torchvision.transforms.functional import to_pil_image
 
     from distributed_eg.benchmarks.benchmark import IMAGENET_MEAN, IMAGENET_STD
-    from distributed_eg.method.image_transform import ImageReader, ImageTransform
+    from distributed_eg.method.image_transform import ImageReader, transform_as_data
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    reader = ImageReader(ImageTransform.of(benchmark.transform, "RGB"), benchmark.shape)
+    reader = ImageReader(transform_as_data(benchmark.transform, "RGB"), benchmark.shape)
     count = 0
     for experience in benchmark.scenario.streams["test"]:
         for image, target, *_ in experience.dataset:

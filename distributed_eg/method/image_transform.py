@@ -1,10 +1,9 @@
-"""What an image goes through before the network, kept as data: torchvision's transforms by name, with their values."""
+"""What an image goes through before the network: torchvision's transforms to data and back, and images through them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +14,7 @@ from torchvision.transforms import transforms as v1
 from torchvision.transforms._presets import ImageClassification
 
 from distributed_eg.errors import InputError
+from distributed_eg.types import ImageTransform, TransformStep
 
 Transform: TypeAlias = Callable[[Any], Any]
 
@@ -51,47 +51,15 @@ def _name(kind: type) -> str:
 _KINDS = {_name(kind): kind for kind in _FIELDS}
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One of torchvision's transforms: its name, ``v2.`` before those of ``torchvision.transforms.v2``, and what it is
-    made with, as JSON values."""
+def transform_as_data(transform: object, mode: str) -> ImageTransform:
+    """One of torchvision's transforms, a composition of them, a preset, or a list, as data.
 
-    name: str
-    values: dict[str, Any]
-
-    def build(self) -> Transform:
-        """The transform.
-
-        Raises:
-            InputError: the torchvision that is installed has none of that name, or makes it of other values.
-        """
-        try:
-            built: Transform = _KINDS[self.name](**{name: _loaded(name, value) for name, value in self.values.items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"The transform {self.name} with {self.values} cannot be made here ({error}): give transform=."
-            ) from error
-        return built
-
-
-@dataclass(frozen=True, slots=True)
-class ImageTransform:
-    """From an image to what the network takes; equal ones do the same."""
-
-    mode: str
-    """Pillow's name for what images are converted to first, such as RGB."""
-    steps: tuple[Step, ...]
-
-    @staticmethod
-    def of(transform: object, mode: str) -> ImageTransform:
-        """One of torchvision's, a composition of them, a preset, or a list, as data.
-
-        Raises:
-            InputError: something in it is another one, or draws.
-        """
-        if mode not in _MODES:
-            raise InputError(f"images of the mode {mode!r}")
-        return ImageTransform(mode, tuple(step for part in _flat(transform) for step in _steps(part)))
+    Raises:
+        InputError: something in it is another one, or draws.
+    """
+    if mode not in _MODES:
+        raise InputError(f"images of the mode {mode!r}")
+    return ImageTransform(mode, tuple(_step(part) for part in _flat(transform)))
 
 
 class ImageReader:
@@ -103,7 +71,7 @@ class ImageReader:
 
     def __init__(self, transform: ImageTransform, shape: tuple[int, int, int]) -> None:
         self._mode, self.shape = transform.mode, shape
-        self._steps = [step.build() for step in transform.steps]
+        self._steps = [_built(step) for step in transform.steps]
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """An image, Pillow's or (channels, height, width) of bytes.
@@ -156,7 +124,7 @@ def given_transform(value: object, shape: tuple[int, int, int]) -> ImageTransfor
     if value is None:
         return None
     try:
-        found = [ImageTransform.of(value, mode) for mode in ("RGB", "L")]
+        found = [transform_as_data(value, mode) for mode in ("RGB", "L")]
     except InputError as error:
         raise InputError(
             f"transform holds {error}, which cannot be kept as data; what can are torchvision's "
@@ -208,11 +176,21 @@ def _flat(transform: object) -> Iterator[object]:
         yield from _flat(part)
 
 
-def _steps(transform: object) -> Iterator[Step]:
+def _step(transform: object) -> TransformStep:
     kind = type(transform)
     if kind not in _FIELDS:
         raise InputError(f"a {getattr(transform, '__name__', kind.__name__)}")
-    yield Step(_name(kind), {name: _kept(getattr(transform, name)) for name in _FIELDS[kind]})
+    return TransformStep(_name(kind), {name: _kept(getattr(transform, name)) for name in _FIELDS[kind]})
+
+
+def _built(step: TransformStep) -> Transform:
+    try:
+        built: Transform = _KINDS[step.name](**{name: _loaded(name, value) for name, value in step.values.items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"The transform {step.name} with {step.values} cannot be made here ({error}): give transform=."
+        ) from error
+    return built
 
 
 def _kept(value: object) -> object:

@@ -16,10 +16,10 @@ from torch.utils.data import Dataset
 
 from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
-from distributed_eg.method.image_transform import ImageReader, ImageTransform
+from distributed_eg.method.image_transform import ImageReader
 from distributed_eg.store.decoding import decode
 from distributed_eg.store.registry import Registry
-from distributed_eg.types import TaskId
+from distributed_eg.types import ImageTransform, TaskId
 
 Images: TypeAlias = "Tensor | Image | str | os.PathLike[str] | Iterable[Tensor | Image | str | os.PathLike[str]]"
 """A batch of tensors or one, as ``ExpertGate.forward`` takes them; images of Pillow's; files; several of them."""

@@ -17,8 +17,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import transforms as v1
 
 from distributed_eg.errors import InputError
-from distributed_eg.method.image_transform import ImageReader, ImageTransform, given_transform
+from distributed_eg.method.image_transform import ImageReader, given_transform
 from distributed_eg.store.decoding import decode
+from distributed_eg.types import ImageTransform
 
 NORMALIZE = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KNOWN: list[tuple[Any, tuple[int, int, int]]] = [

@@ -23,7 +23,8 @@ from torchvision.datasets import FakeData, ImageFolder
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy, Prediction
 from distributed_eg.benchmarks.benchmark import labelled
 from distributed_eg.errors import InputError
-from distributed_eg.method.image_transform import ImageTransform
+from distributed_eg.method.image_transform import transform_as_data
+from distributed_eg.types import ImageTransform
 from tests.helpers import SHAPE, task_images, tiny_benchmark, tiny_net, tiny_strategy
 
 TRANSFORM = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
@@ -198,7 +199,7 @@ def test_names_follow_targets_that_are_moved(folders: Path, tmp_path: Path) -> N
     moved = labelled(Subset(leaf, rows), [7 - leaf.targets[row] for row in rows])
     names, transform = told_of(moved, tmp_path)
     assert names == {6: "bee", 7: "ant"}
-    assert transform == ImageTransform.of(TRANSFORM, "RGB")
+    assert transform == transform_as_data(TRANSFORM, "RGB")
 
 
 def test_names_that_are_given_win(folders: Path, tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_transform_in_two_layers_is_found_whole(folders: Path, tmp_path: Path)
     )
     leaf = folder_of(folders, transforms.Compose(TRANSFORM.transforms[:2]))
     names, transform = told_of(as_classification_dataset(leaf, transform_groups=outer), tmp_path)
-    assert transform == ImageTransform.of(TRANSFORM, "RGB")
+    assert transform == transform_as_data(TRANSFORM, "RGB")
     assert names == {0: "ant", 1: "bee"}
 
 
@@ -254,7 +255,7 @@ def test_a_transform_that_is_not_sure_is_asked_for(name: str, folders: Path, tmp
 
 
 def test_a_transform_that_is_given_is_kept(folders: Path, tmp_path: Path) -> None:
-    assert told_of(unknown_of("lambda", folders), tmp_path, transform=TRANSFORM)[1] == ImageTransform.of(
+    assert told_of(unknown_of("lambda", folders), tmp_path, transform=TRANSFORM)[1] == transform_as_data(
         TRANSFORM, "RGB"
     )
 
@@ -276,7 +277,7 @@ def test_tasks_with_unlike_transforms_ask(folders: Path) -> None:
 def test_random_data_of_torchvision_are_read_without_their_transform(tmp_path: Path) -> None:
     leaf = FakeData(12, (3, 20, 20), 2, TRANSFORM)
     data = labelled(leaf, [int(leaf[i][1]) for i in range(12)])
-    assert told_of(data, tmp_path)[1] == ImageTransform.of(TRANSFORM, "RGB")
+    assert told_of(data, tmp_path)[1] == transform_as_data(TRANSFORM, "RGB")
 
 
 def test_a_task_that_continues_keeps_earlier_names(folders: Path) -> None:

@@ -14,7 +14,6 @@ from torch.utils.data import default_collate
 
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
-from distributed_eg.method.image_transform import ImageTransform
 from distributed_eg.runtime.messages import TaskInput
 from distributed_eg.runtime.resuming import differences
 from distributed_eg.runtime.run import Run
@@ -27,7 +26,7 @@ from distributed_eg.strategy.tasks.task_labels import label_in_samples
 from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.recording import KEPT, RecordedCallback, replay
-from distributed_eg.types import OnRepeat, TaskId
+from distributed_eg.types import ImageTransform, OnRepeat, TaskId
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from torch.utils.data import ConcatDataset, Subset
 
 from distributed_eg import given
 from distributed_eg.errors import InputError
-from distributed_eg.method.image_transform import ImageReader, ImageTransform, given_transform, mode_of
+from distributed_eg.method.image_transform import ImageReader, given_transform, mode_of, transform_as_data
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.worker.causes import ends_process
 from distributed_eg.strategy.tasks.data_identity import rows_of
+from distributed_eg.types import ImageTransform
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def _transform_in(dataset: Any, shape: tuple[int, int, int]) -> ImageTransform:
             for sample in np.flatnonzero(which == number)[:1].tolist():
                 raw = _raw(leaf, int(rows[sample]))
                 for transforms in [transforms for other, transforms in pipelines if other is leaf]:
-                    transform = ImageTransform.of(transforms, mode_of(raw))
+                    transform = transform_as_data(transforms, mode_of(raw))
                     found.add(repr(transform))
                 if not torch.equal(ImageReader(transform, shape)(raw), _first(dataset, sample)):
                     raise InputError("it does more than its transforms say")

@@ -1,10 +1,10 @@
 """Kills the driver of a small run at random moments and resumes it: all bytes must be the same each time.
 
-    python tests/faults/driver_kills.py --kills 20 --seed 0 [--engine inline|ray] [--tasks 6] [--json]
+    python tests/faults/driver_kills.py --kills 20 --seed 0 [--engine inline|ray] [--tasks 6] [--append] [--json]
 
 Moments are drawn evenly from the time that an undisturbed run takes, which is measured first, from its start to its
 end; a run that ends before its moment comes is no kill, and another moment is drawn. Each kill has a run directory of
-its own. With ``--engine ray`` the driver starts Ray itself, so that the kill takes Ray along. The exit code is 1 if
+its own. With ``--append`` the tasks come one by one, with an update, a retirement and its undoing between them. With ``--engine ray`` the driver starts Ray itself, so that the kill takes Ray along. The exit code is 1 if
 anything is wrong.
 """
 
@@ -62,6 +62,7 @@ class Driver:
         self.census = Census()
         self._command = [sys.executable, str(Path(__file__).with_name("small_driver.py"))]
         self._command += ["--engine", options.engine, "--tasks", str(options.tasks)]
+        self._command += ["--append"] if options.append else []
         for name, path in {"storage": self.run, "scratch": self.scratch, "outcome": self._outcome}.items():
             self._command += [f"--{name}", str(path)]
         self._command += ["--log", str(folder / "log")]
@@ -206,6 +207,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", type=int, default=6)
     parser.add_argument("--engine", choices=["inline", "ray"], default="inline")
+    parser.add_argument("--append", action="store_true", help="a run's life: appends, an update, a retirement")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser.parse_args()
 

@@ -2,8 +2,10 @@
 
     python tests/faults/small_driver.py --storage RUN --log LOG --outcome FILE [--tasks 6] [--engine inline|ray] …
 
-The tasks are of a few domains that come again, so that most learn without forgetting from an earlier one. LOG gets a
-line of JSON for everything that happens, here and on the workers; FILE gets what came out, once the run is at its end.
+The tasks are of a few domains that come again, so that most learn without forgetting from an earlier one. With
+``--append`` they come one by one, each following what the run holds, the second one's newer version and a task that is
+retired and restored among them. LOG gets a line of JSON for everything that happens, here and on the workers; FILE gets
+what came out, once the run is at its end.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cloudpickle
 from avalanche.core import SupervisedPlugin
 
-from distributed_eg import ClusterConfig
+from distributed_eg import ClusterConfig, ExpertGateStrategy
 from distributed_eg.runtime.dispatcher import Progress
 from tests import helpers
 
@@ -73,7 +75,7 @@ def main(arguments: argparse.Namespace) -> None:
         engine=arguments.engine,
         storage=arguments.storage,
         scratch=arguments.scratch,
-        resume=True,
+        resume="append" if arguments.append else True,
         checkpoint_every_s=0,
         **by_ray,
     )
@@ -84,12 +86,30 @@ def main(arguments: argparse.Namespace) -> None:
     benchmark = helpers.tiny_benchmark([task % NUM_DOMAINS for task in range(arguments.tasks)], train=SAMPLES)
     with helpers.tiny_strategy(cluster, observer=observe, plugins=[EpochLog(log)], **SETTINGS) as strategy:
         note(log, "training")
-        strategy.train(benchmark.train_stream)
+        if arguments.append:
+            live(strategy, list(benchmark.train_stream), Path(arguments.storage))
+        else:
+            strategy.train(benchmark.train_stream)
         outcome = helpers.outcome(strategy, {})
         note(log, "trained")
     new = arguments.outcome.with_suffix(".new")
     new.write_text(json.dumps(outcome))
     new.rename(arguments.outcome)
+
+
+def live(strategy: ExpertGateStrategy, experiences: list[Any], run: Path) -> None:
+    """Bring what the run does not hold yet, one call each. A call that ended is noted in the run: given once more, it
+    would bring the same images as new data."""
+    newer = helpers.tiny_benchmark((0, 1), train=SAMPLES + 8).train_stream[1]
+    calls = [strategy.train] * len(experiences)
+    calls[3:3], experiences[3:3] = [strategy.update], [newer]
+    recorded = run / "stream.json"
+    ended = json.loads(recorded.read_text())["num_tasks"] if recorded.exists() else 0
+    for number in range(ended, len(calls)):
+        if number == 2:
+            strategy.retire(0)
+        calls[number](experiences[number])
+    strategy.restore(0)
 
 
 def parse() -> argparse.Namespace:
@@ -101,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", help="for features, on each node")
     parser.add_argument("--tasks", type=int, default=6)
     parser.add_argument("--engine", choices=["inline", "ray"], default="inline")
+    parser.add_argument("--append", action="store_true", help="bring the tasks one by one, as a run's life does")
     parser.add_argument("--address", help="of a Ray cluster; without it the driver starts Ray itself")
     return parser.parse_args()
 

@@ -12,6 +12,7 @@ from tests.faults import drivers
 from tests.faults.chaos import Chaos, Fault
 from tests.faults.conftest import train
 from tests.helpers import content
+from tests.strategy.test_life import begun, life, live
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,27 @@ def test_killed_at_every_seal_and_resumed(tmp_path: Path, chaos: Chaos, whole: d
     assert verify(Storage(str(storage))).damages == ()
     assert unnamed(Storage(str(storage))) == []
     assert not list(storage.rglob(f"*{TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("when", ["inside", "after"])
+def test_killed_in_an_append_a_retire_an_update(tmp_path: Path, chaos: Chaos, when: str) -> None:
+    """As above, with each call of a run's life; each process knows of the run what its directory holds."""
+    begun(tmp_path / "whole")
+    begun(tmp_path / "run")
+    num_killed = 0
+    for number, call in enumerate(life(tmp_path / "whole")):
+        chaos.clear()
+        call()
+        # Once stream.json is there the call has ended, and to give it again would be another one.
+        pattern = f"{when} seal [!s]*" if when == "after" else f"{when} seal *"
+        for nth in range(1, 40):
+            chaos.plan(Fault(pattern, "kill", nth=nth))
+            if (code := drivers.run(live, tmp_path / "run", number, chaos=chaos.folder)) == 0:
+                break
+            assert code == -9
+            num_killed += 1
+            assert verify(Storage(str(tmp_path / "run"))).damages == ()
+        assert content(tmp_path / "run") == content(tmp_path / "whole"), number
+    assert num_killed >= 15
+    assert unnamed(Storage(str(tmp_path / "run"))) == []
+    assert not list((tmp_path / "run").rglob(f"*{TEMPORARY}*"))

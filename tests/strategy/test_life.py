@@ -198,6 +198,11 @@ def begun(storage: Path) -> None:
         strategy.train(tiny_benchmark((0, 1, 2, 0)).train_stream[:2])
 
 
+def live(storage: Path, number: int) -> None:
+    """One call of a run's life."""
+    life(storage)[number]()
+
+
 def test_ended_at_every_seal_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an append, a retire, an update: before a record is sealed and after it."""
     begun(tmp_path / "undisturbed")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, count, repeat
 from typing import TypeVar
@@ -17,6 +18,7 @@ from distributed_eg.types import TaskId
 Item = TypeVar("Item")
 
 _MAX_TASKS = 6
+_MAX_APPENDED = 3
 _MAX_FAULTS = 8
 _MAX_STEPS = 2000
 _UNDISTURBED = 48
@@ -52,13 +54,7 @@ def make_plan(choose: Chooser) -> Plan:
     """Choose what a schedule is about."""
     num_tasks = 1 + choose.below(_MAX_TASKS)
     num_earlier = max(0, choose.below(5) - 2)
-    parents: list[TaskId | None] = []
-    continues: list[TaskId | None] = []
-    for task in range(num_earlier + num_tasks):
-        parent = choose.below(task + 1) - 1
-        parents.append(None if parent < 0 else parent)
-        # An expert that goes on from an earlier version of its task has no other parent.
-        continues.append(parents[-1] if parent >= 0 and choose.below(5) == 4 else None)
+    parents, continues = _ancestors(choose, range(num_earlier + num_tasks))
     has_reference = choose.below(5) == 4
     tasks_per_worker = choose.below(4) or None
     stop_on_failure = choose.below(6) == 5
@@ -66,7 +62,43 @@ def make_plan(choose: Chooser) -> Plan:
     if choose.below(6) == 5:
         cause = choose.one_of((Cause.RAISED, Cause.WORKER_LOST, Cause.STORAGE))
         poison = (num_earlier + choose.below(num_tasks), choose.one_of(tuple(Stage)), cause)
-    return Plan(tuple(parents), tuple(continues), num_earlier, has_reference, tasks_per_worker, stop_on_failure, poison)
+    return Plan(
+        parents,
+        continues,
+        num_earlier,
+        has_reference=has_reference,
+        tasks_per_worker=tasks_per_worker,
+        stop_on_failure=stop_on_failure,
+        poison=poison,
+    )
+
+
+def append_to(plan: Plan, choose: Chooser) -> Plan:
+    """Choose what is retired once all of a plan's tasks are there, and which tasks a further call brings."""
+    known = len(plan.parents)
+    retired = frozenset(task for task in range(known) if choose.below(4) == 3)
+    parents, continues = _ancestors(choose, range(known, known + 1 + choose.below(_MAX_APPENDED)), retired)
+    return replace(
+        plan,
+        parents=plan.parents + parents,
+        continues=plan.continues + continues,
+        num_earlier=known,
+        retired=retired,
+    )
+
+
+def _ancestors(
+    choose: Chooser, tasks: range, retired: Collection[TaskId] = ()
+) -> tuple[tuple[TaskId | None, ...], tuple[TaskId | None, ...]]:
+    """For each task an earlier one as its parent, or none; and the one that it continues, or none."""
+    parents: list[TaskId | None] = []
+    continues: list[TaskId | None] = []
+    for task in tasks:
+        parent = choose.below(task + 1) - 1
+        parents.append(None if parent < 0 or parent in retired else parent)
+        # An expert that goes on from an earlier version of its task has no other parent.
+        continues.append(parents[-1] if parents[-1] is not None and choose.below(5) == 4 else None)
+    return tuple(parents), tuple(continues)
 
 
 class Adversary:
@@ -99,7 +131,11 @@ class Adversary:
                 continue
             self.driver.check_end()
             if not self._faults_left or self._choose.below(4) < 3:
-                return
+                is_whole = all(map(self.storage.is_committed, range(len(self.plan.parents))))
+                if self.faults["appended"] or not is_whole or self._choose.below(4) < 3:
+                    return
+                self._append()
+                continue
             self._fault("resumed after its end")
             self._restart()
         raise BrokenInvariant("every run ends", f"not after {_MAX_STEPS} steps")
@@ -163,6 +199,13 @@ class Adversary:
         """Attempts that nobody will hear of again."""
         for _ in range(1 + self._choose.below(4)):
             self._join()
+
+    def _append(self) -> None:
+        """Another process opens the run, which is whole, and brings further tasks."""
+        self.faults["appended"] += 1
+        self.plan = append_to(self.plan, self._choose)
+        self.storage.append(self.plan)
+        self._begin()
 
     def _restart(self) -> None:
         """The driver dies; what ran may still report, to the next one; files may be damaged meanwhile."""

@@ -39,12 +39,14 @@ class Plan:
     """What one schedule is about; the same for each of its drivers.
 
     ``parents`` and ``continues`` have an entry for each task. The first ``num_earlier`` tasks were sealed by an earlier
-    call and do not arrive. A ``poison`` is a stage that always fails by that cause.
+    call and do not arrive; ``retired`` are those of them that the others are not related to. A ``poison`` is a stage
+    that always fails by that cause.
     """
 
     parents: tuple[TaskId | None, ...]
     continues: tuple[TaskId | None, ...]
     num_earlier: int = 0
+    retired: frozenset[TaskId] = frozenset()
     has_reference: bool = False
     tasks_per_worker: int | None = None
     stop_on_failure: bool = False
@@ -76,16 +78,27 @@ class SimulatedStorage:
         self.statistics: Key = (plan.num_earlier, Stage.FEATURES)
         self.sealed: dict[Key, Result] = {}
         self.sealed[self.statistics] = self.result(*self.statistics, reads=())
-        for task in range(len(plan.parents)):
-            for stage in _SEALED:
-                self.sealed[task, stage] = self.result(task, stage, self.reads(task, stage))
-        self.expected = self.sealed
+        self.expected = self._expect(range(len(plan.parents)))
         """What the tasks leave where nothing goes wrong."""
         self.earlier = {key for key in self.expected if key[0] < plan.num_earlier}
         """What earlier calls left."""
         if plan.has_reference or plan.num_earlier:
             self.earlier.add(self.statistics)
         self.sealed = {key: self.expected[key] for key in self.earlier}
+
+    def append(self, plan: Plan) -> None:
+        """All of this call is sealed for good; the tasks that ``plan`` has more are brought by another one."""
+        self.earlier, self.plan = set(self.sealed), plan
+        self.expected = self._expect(range(plan.num_earlier, len(plan.parents)))
+
+    def _expect(self, tasks: range) -> dict[Key, Result]:
+        """What will be sealed once these tasks are, too, where nothing goes wrong."""
+        before, self.sealed = self.sealed, dict(self.sealed)
+        for task in tasks:
+            for stage in _SEALED:
+                self.sealed[task, stage] = self.result(task, stage, self.reads(task, stage))
+        expected, self.sealed = self.sealed, before
+        return expected
 
     @property
     def has_statistics(self) -> bool:
@@ -107,7 +120,8 @@ class SimulatedStorage:
         if stage is Stage.AUTOENCODER:
             before = self.plan.continues[task]
             return [self.statistics, *([] if before is None else [(before, stage)])]
-        candidates = [(earlier, Stage.AUTOENCODER) for earlier in range(task + 1)]
+        retired = self.plan.retired if task >= self.plan.num_earlier else ()
+        candidates = [(earlier, Stage.AUTOENCODER) for earlier in range(task + 1) if earlier not in retired]
         return [self.statistics, *(key for key in candidates if key in self.sealed or key[0] not in failed)]
 
     def result(self, task: TaskId, stage: Stage, reads: Sequence[Key]) -> Result:

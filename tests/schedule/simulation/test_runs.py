@@ -56,7 +56,7 @@ def test_the_adversary_does_every_kind_of_harm(totals: Totals) -> None:
     damaged = {f"{what} damaged" for what in ("statistics", "autoencoder", "relate", "expert")}
     poisons = {f"poison: {cause}" for cause in ("raised", "storage", "worker lost")}
     reports = {"report delayed", "report to a later driver", "stale result", "stale failure"}
-    kinds = {name for name, _ in FAULTS} | damaged | poisons | reports | {"resumed after its end"}
+    kinds = {name for name, _ in FAULTS} | damaged | poisons | reports | {"resumed after its end", "appended"}
     assert totals.faults.keys() == kinds
     assert all(count > SEEDS // 50 for count in totals.faults.values()), totals.faults
     assert totals.num_failed > SEEDS // 10
@@ -65,7 +65,11 @@ def test_the_adversary_does_every_kind_of_harm(totals: Totals) -> None:
 
 
 def test_the_plans_are_of_every_kind() -> None:
-    plans = [simulate(seed, validates=False).plan for seed in range(400)]
+    reports = [simulate(seed, validates=False) for seed in range(500)]
+    appended = [report.plan for report in reports if report.totals.faults["appended"]]
+    assert any(plan.retired for plan in appended)
+    assert any(plan.continues[plan.num_earlier] is not None for plan in appended), "goes on from an earlier call's"
+    plans = [report.plan for report in reports if not report.totals.faults["appended"]]
     assert {len(plan.parents) - plan.num_earlier for plan in plans} == set(range(1, 7))
     assert {plan.num_earlier for plan in plans} == {0, 1, 2}
     assert {plan.tasks_per_worker for plan in plans} == {None, 1, 2, 3}

@@ -278,7 +278,9 @@ class ExpertGate(nn.Module):
 
     def _trained(self) -> Predictor:
         if self._predictor is None:
-            raise InputError("The model has no gate yet: train it with ExpertGateStrategy.")
+            raise InputError(
+                "The model has no gate yet: train it with ExpertGateStrategy, or take a run's with ExpertGate.load."
+            )
         return self._predictor
 
     def _images(self, x: Tensor) -> Tensor:

@@ -46,6 +46,18 @@ def test_it_answers_as_in_the_process_that_trained_it(finished: Any, resume: Res
         assert torch.equal(strategy.model(images), ExpertGate.load(storage, arch=tiny_net())(images))
 
 
+@pytest.mark.parametrize("resume", [True, "append"])
+def test_its_tables_are_there_before_it_is_opened(finished: Any, tmp_path: Path, resume: Resume) -> None:
+    storage, measured = finished
+    with opened(storage, resume) as strategy:
+        tables = outcome(strategy, {})
+    assert {name: tables[name] for name in ("registry", "relatedness")} == {
+        name: measured[name] for name in ("registry", "relatedness")
+    }
+    with opened(tmp_path / "none", resume) as strategy:
+        assert len(strategy.registry) == len(strategy.relatedness) == 0
+
+
 def test_other_ways_of_training_do_not_matter(finished: Any) -> None:
     storage, measured = finished
     with opened(storage, True, train_epochs=7, train_mb_size=3, plugins=[]) as strategy:

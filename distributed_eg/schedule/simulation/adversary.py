@@ -79,11 +79,7 @@ def append_to(plan: Plan, choose: Chooser) -> Plan:
     retired = frozenset(task for task in range(known) if choose.below(4) == 3)
     parents, continues = _ancestors(choose, range(known, known + 1 + choose.below(_MAX_APPENDED)), retired)
     return replace(
-        plan,
-        parents=plan.parents + parents,
-        continues=plan.continues + continues,
-        num_earlier=known,
-        retired=retired,
+        plan, parents=plan.parents + parents, continues=plan.continues + continues, num_earlier=known, retired=retired
     )
 
 

@@ -4,8 +4,9 @@
 
 Moments are drawn evenly from the time that an undisturbed run takes, which is measured first, from its start to its
 end; a run that ends before its moment comes is no kill, and another moment is drawn. Each kill has a run directory of
-its own. With ``--append`` the tasks come one by one, with an update, a retirement and its undoing between them. With ``--engine ray`` the driver starts Ray itself, so that the kill takes Ray along. The exit code is 1 if
-anything is wrong.
+its own. With ``--append`` the tasks come one by one, with an update, a retirement and its undoing between them. With
+``--engine ray`` the driver starts Ray itself, so that the kill takes Ray along. The exit code is 1 if anything is
+wrong.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Driver:
         return self._close is not None and not self._close.alive
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
-        """Registry and relatedness table: of a run that is to be resumed before it is opened, too; empty without one."""
+        """Registry and relatedness table; of a run that is to be resumed before it is opened, too."""
         if self.run is None and self.cluster.resume and (storage := self._storage_of_run()) is not None:
             return Registry.read(storage, without_damaged=True).of_sealed().tables()
         return self.registry.tables()

@@ -15,7 +15,19 @@ from distributed_eg.method.head import input_dtype, new_head, set_head
 def derive_expert(parent: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
     """A copy of ``parent`` on the CPU with a fresh head for ``num_classes``, all of it trainable (section 3.3 of the
     paper); ``head`` as ``find_head`` gives it."""
-    expert = copy.deepcopy(parent).cpu()
+    return _with_head(copy.deepcopy(parent).cpu(), head, num_classes, seed)
+
+
+def blank_expert(root: nn.Module, head: str, num_classes: int) -> nn.Module:
+    """A network on the CPU as ``derive_expert`` gives, in memory that nobody has written: for weights to be loaded."""
+    blank = {
+        id(old): type(old)(torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad)
+        for old in root.parameters()
+    }
+    return _with_head(copy.deepcopy(root, dict(blank)).cpu(), head, num_classes, seed=0)
+
+
+def _with_head(expert: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         set_head(expert, head, new_head(expert.get_submodule(head), num_classes))

@@ -102,15 +102,16 @@ class TaskInput:
 class ExpertJob:
     """What a trainer is given on the worker.
 
-    ``network`` is the expert to train, ``head`` the name of its head, ``teacher`` the parent's network where it learns
-    without forgetting. ``is_stopping`` tells, between batches, whether the driver was told to stop. ``checkpoints`` is
-    where its training is kept every ``checkpoint_every_s``; None: nowhere.
+    ``network`` is the expert to train, as ``derive`` gives it once more, ``head`` the name of its head, ``teacher`` the
+    parent's network where it learns without forgetting. ``is_stopping`` tells, between batches, whether the driver was
+    told to stop. ``checkpoints`` is where its training is kept every ``checkpoint_every_s``; None: nowhere.
     """
 
     task: TaskId
     label: int
     classes: tuple[int, ...]
     network: nn.Module
+    derive: Callable[[], nn.Module]
     head: str
     teacher: nn.Module | None
     data: TaskData

@@ -31,7 +31,7 @@ from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.registry import Registry
-from distributed_eg.store.storage import Artifact, Storage, artifact_of
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors, pack_tensors
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class Run:
         _refuse_client(cluster)
         storage = Storage(cluster.storage or tempfile.mkdtemp(prefix="distributed-eg-run-"))
         uri = storage.uri
-        path, weights = pack_tensors("root", root.network.state_dict())
-        wanted = new_record(cluster, method, root, artifact_of(path, weights), settings or {})
+        sealed, weights = pack_tensors("root", root.network.state_dict())
+        wanted = new_record(cluster, method, root, sealed, settings or {})
         with contextlib.ExitStack() as undo:
             if cluster.storage is None:
                 undo.callback(shutil.rmtree, uri, ignore_errors=True)
@@ -133,7 +133,7 @@ class Run:
             engine = _engine(cluster, uri, run_id, lease.generation)
             undo.callback(engine.close)
             engine.start()
-            storage.write(path, weights)
+            storage.write(sealed.path, weights)
             shipped, _ = engine.shipper.ship(root.network, "The backbone")
             cut = (root.head, root.feature_layer, root.shape)
             setup = WorkerSetup(uri, run_id, lease.generation, shipped, *cut, method, cluster, device)
@@ -152,7 +152,7 @@ class Run:
 
     def is_root(self, network: nn.Module) -> bool:
         """Whether ``network`` still has the weights that the run began with."""
-        return artifact_of(*pack_tensors("root", network.state_dict())) == self._root_artifact
+        return pack_tensors("root", network.state_dict())[0] == self._root_artifact
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distributed_eg.errors import StorageError
 from distributed_eg.method.autoencoder import Autoencoder, autoencoder_from_tensors
-from distributed_eg.method.expert import derive_expert
+from distributed_eg.method.expert import blank_expert
 from distributed_eg.method.gate import Expert, Gate, make_gate
 from distributed_eg.method.standardize import Statistics
 from distributed_eg.store.records import StatisticsRecord
@@ -79,11 +79,24 @@ class ExpertReader:
         if ref in self._experts:
             self._experts.move_to_end(ref)
             return self._experts[ref]
+        return self.keep(ref, self.load(ref.source))
+
+    def release(self, but: ExpertRef | None = None) -> None:
+        """Have no expert in memory any more, ``but`` that one."""
+        for ref in self._experts.keys() - {but}:
+            del self._experts[ref]
+
+    def keep(self, ref: ExpertRef, tensors: Mapping[str, Tensor]) -> Expert:
+        """Have an expert in memory, a copy of its ``tensors``.
+
+        Raises:
+            StorageError: they are of another architecture.
+        """
         while len(self._experts) >= self._capacity:
             self._experts.popitem(last=False)
-        network = derive_expert(self._root, self._head, len(ref.classes), seed=0)
+        network = blank_expert(self._root, self._head, len(ref.classes))
         try:
-            network.load_state_dict(self.load(ref.source))
+            network.load_state_dict(tensors)
         except RuntimeError as error:
             raise StorageError(f"The expert {ref.source} does not fit this run's backbone: {error}") from error
         expert = Expert(network.to(self._device).eval().requires_grad_(False), ref.classes)

@@ -15,7 +15,8 @@ from pathlib import Path
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.local_files import sync_folder
-from distributed_eg.store.storage import Storage, record_bytes, repair_of
+from distributed_eg.store.record_text import record_bytes, repair_of
+from distributed_eg.store.storage import Storage
 
 try:
     import fcntl

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMPORARY = ".writing-"
@@ -17,24 +17,34 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
-def temporary(target: Path, data: bytes) -> Iterator[Path]:
-    """A whole, flushed, verified file of ``data`` beside ``target``, to be put in its place; gone afterwards."""
+def temporary(target: Path, fill: Callable[[Path], object]) -> Iterator[Path]:
+    """A file beside ``target`` that ``fill`` writes, to be flushed and put in its place; gone afterwards."""
     new_folders = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
-        with file.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        if file.read_bytes() != data:
-            raise OSError("what was written reads back differently.")
+        file.touch(exist_ok=False)
+        mode = file.stat().st_mode
+        fill(file)
+        file.chmod(mode)  # safetensors replaces the file by one that nobody else may read
         yield file
         for folder in (target.parent, *(folder.parent for folder in new_folders)):
             sync_folder(folder)
     finally:
         with contextlib.suppress(OSError):
             file.unlink()
+
+
+def flush(file: Path, size_bytes: int) -> None:
+    """Make a file's bytes last.
+
+    Raises:
+        OSError: the disk cannot, or keeps another number of them.
+    """
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    if (kept := file.stat().st_size) != size_bytes:
+        raise OSError(f"the disk keeps {kept} bytes after {size_bytes} bytes were written.")
 
 
 def link(temporary: Path, target: Path, data: bytes) -> bool:

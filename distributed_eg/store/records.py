@@ -9,7 +9,8 @@ from typing import Any, ClassVar, TypeVar
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.decoding import decode
-from distributed_eg.store.storage import Artifact, Storage, artifact_of, record_bytes, repair_of
+from distributed_eg.store.record_text import record_bytes, repair_of
+from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.types import AutoencoderKind, ImageTransform, RelatednessRow, TaskId, Transfer, TransferChoice
 
 R = TypeVar("R", bound="Record")

@@ -12,6 +12,7 @@ from distributed_eg.config import MethodConfig
 from distributed_eg.errors import DamagedFileError
 from distributed_eg.store import records
 from distributed_eg.store.experts import ExpertRef, GateRef
+from distributed_eg.store.record_text import REPAIR
 from distributed_eg.store.records import (
     AutoencoderRecord,
     R,
@@ -25,7 +26,7 @@ from distributed_eg.store.records import (
     TaskRecord,
     TaskTimings,
 )
-from distributed_eg.store.storage import REPAIR, Storage
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.tables import registry_table, relatedness_table
 from distributed_eg.types import TaskId
 

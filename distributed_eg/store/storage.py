@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,10 @@ from distributed_eg import given
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.masking import masked, masked_in
 from distributed_eg.store import local_files
-from distributed_eg.store.layout import RUN, SCHEMA_VERSION, SESSIONS, STREAM
 from distributed_eg.store.local_files import TEMPORARY
+from distributed_eg.store.record_text import REPAIR, parse_record, record_bytes
 
-REPAIR = (
-    "To repair it, resume the training with the same storage (`ClusterConfig(resume=True)`, or the same "
-    "`distributed-eg run … --storage …` command): the stage that made it is run again."
-)
+_HASH_DIGITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,8 @@ class Storage:
         self.local_folder: Path | None = Path(path) if isinstance(base, fs.LocalFileSystem) else None
         """The run directory as a folder of this machine; None on an object store."""
         self._fs = fs.SubTreeFileSystem(path, base)
+        self._verified: dict[Artifact, tuple[int, ...]] = {}
+        """What ``verified_file`` has seen, and of which file on disk."""
 
     def __repr__(self) -> str:
         return f"Storage({self.shown!r})"
@@ -69,17 +69,32 @@ class Storage:
     def write(self, path: str, data: bytes) -> Artifact:
         """Seal ``data`` under ``path``.
 
-        On a local disk or NFS the bytes go to a temporary name, are flushed, read back and then renamed; object stores
-        make an object visible only when it is whole, and are asked for its size.
+        On a local disk or NFS the bytes go to a temporary name, are flushed and then renamed; object stores make an
+        object visible only when it is whole. Both are asked for its size; other damage is found when it is read.
         """
         self._check(path)
         with self._writing(path):
             if self.local_folder is not None:
-                with local_files.temporary(self.local_folder / path, data) as file:
+                with local_files.temporary(self.local_folder / path, partial(Path.write_bytes, data=data)) as file:
+                    local_files.flush(file, len(data))
                     file.replace(self.local_folder / path)
             else:
                 self._write_object(path, data)
         return artifact_of(path, data)
+
+    def write_file(self, prefix: str, suffix: str, fill: Callable[[Path], object]) -> Artifact:
+        """Seal what ``fill`` writes to a local file, as ``write`` does, under a name with its own hash."""
+        assert self.local_folder is not None
+        self._check(prefix)
+        with self._writing(prefix), local_files.temporary(self.local_folder / prefix, fill) as file:
+            size_bytes = file.stat().st_size
+            with ThreadPoolExecutor(1) as pool:
+                flushed = pool.submit(local_files.flush, file, size_bytes)
+                sha256 = _sha256_of(file)
+                flushed.result()
+            artifact = Artifact(hashed_path(prefix, sha256, suffix), sha256, size_bytes)
+            file.replace(self.local_folder / artifact.path)
+        return artifact
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a file that must not be there yet: whether this call made it.
@@ -91,7 +106,8 @@ class Storage:
         self._check(path)
         with self._writing(path):
             if self.local_folder is not None:
-                with local_files.temporary(self.local_folder / path, data) as file:
+                with local_files.temporary(self.local_folder / path, partial(Path.write_bytes, data=data)) as file:
+                    local_files.flush(file, len(data))
                     return local_files.link(file, self.local_folder / path, data)
             if self.exists(path):
                 return False
@@ -143,6 +159,23 @@ class Storage:
             )
         return data
 
+    def verified_file(self, artifact: Artifact) -> Path:
+        """Where a sealed file of a local run directory is; it is read and hashed the first time, and whenever it is
+        another one than it was then. Raises what ``read_artifact`` does."""
+        assert self.local_folder is not None
+        self._check(artifact.path, follow=True)
+        file = self.local_folder / artifact.path
+        try:
+            status = file.stat()
+            seen = status.st_ino, status.st_size, status.st_mtime_ns
+            if self._verified.get(artifact) != seen and _sha256_of(file) == artifact.sha256:
+                self._verified[artifact] = seen
+        except OSError:
+            seen = None
+        if seen is None or self._verified.get(artifact) != seen:
+            self.read_artifact(artifact)  # says what is wrong
+        return file
+
     def write_record(self, path: str, record: dict[str, Any]) -> Artifact:
         """Seal a JSON record, with its schema version."""
         return self.write(path, record_bytes(record))
@@ -158,23 +191,7 @@ class Storage:
 
     def parse_record(self, path: str, data: bytes) -> dict[str, Any]:
         """What ``read_record`` gives, of a file whose bytes were read already."""
-        what = f"The record {path!r} in {self.shown!r}"
-        try:
-            record = json.loads(data)
-        except ValueError as error:
-            raise DamagedFileError(f"{what} is damaged: {error}. {repair_of(path)}") from error
-        if not isinstance(record, dict):
-            raise DamagedFileError(f"{what} is damaged: it holds {record!r:.60}, no object. {repair_of(path)}")
-        version = record.pop("schema_version", None)
-        is_as_sealed = record.pop("sha256", None) == _digest(record)
-        if version == SCHEMA_VERSION and is_as_sealed:
-            return record
-        if version == SCHEMA_VERSION or is_as_sealed:
-            raise DamagedFileError(f"{what} is damaged: its content has another hash than it says. {repair_of(path)}")
-        raise StorageError(
-            f"{what} has schema version {version}; this package reads {SCHEMA_VERSION}. Use the package version that "
-            "wrote it."
-        )
+        return parse_record(f"The record {path!r} in {self.shown!r}", path, data)
 
     def exists(self, path: str) -> bool:
         """Whether a file of that name is there."""
@@ -288,41 +305,19 @@ class Storage:
         return told, error if told == str(error) else None
 
 
-def repair_of(path: str) -> str:
-    """What repairs a record of the run directory, as a sentence."""
-    if path == RUN:
-        return "Nothing else holds what the run is: restore the file from a copy of it."
-    if path.startswith(f"{SESSIONS}/"):
-        return "It says who drove the run last, and nothing rests on it: the next driver writes its own."
-    if path.endswith("/timings.json"):
-        return (
-            "It says who did the task's stages and for how long, which cannot be had again, and nothing rests on it: a "
-            "resumed training writes down that it is not known."
-        )
-    if path == STREAM:
-        return (
-            "It says in which calls tasks were brought: remove it, and a task that is brought again with the same data "
-            "and settings is trained as its next version; the next driver writes it anew."
-        )
-    return REPAIR
-
-
 def artifact_of(path: str, data: bytes) -> Artifact:
     """What ``data`` is called once it is sealed under ``path``."""
     return Artifact(path, hashlib.sha256(data).hexdigest(), len(data))
 
 
-def record_bytes(record: dict[str, Any]) -> bytes:
-    """A JSON record as it is sealed, with its schema version and its own hash."""
-    body = json.loads(json.dumps(record))
-    sealed = {"schema_version": SCHEMA_VERSION, "sha256": _digest(body), **body}
-    return f"{json.dumps(sealed, indent=1, sort_keys=True)}\n".encode()
+def hashed_path(prefix: str, sha256: str, suffix: str) -> str:
+    """The path of a file that is named by its hash."""
+    return f"{prefix}-{sha256[:_HASH_DIGITS]}{suffix}"
 
 
-def _digest(body: dict[str, Any]) -> str:
-    """What a record of this schema version hashes to."""
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **body}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_plain(path: object) -> bool:

@@ -12,7 +12,8 @@ from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, LeaseRecord, holder_of, last_session
 from distributed_eg.store.local_files import TEMPORARY
-from distributed_eg.store.storage import REPAIR, Artifact, Storage, repair_of
+from distributed_eg.store.record_text import REPAIR, repair_of
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import export_tables, fault_of_export, registry_rows, registry_table, relatedness_table
 from distributed_eg.types import TaskId
 

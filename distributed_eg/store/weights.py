@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from distributed_eg.errors import StorageError
-from distributed_eg.store.storage import Artifact, Storage
+from distributed_eg.store.storage import Artifact, Storage, hashed_path
 
-_HASH_DIGITS = 16
+_SUFFIX = ".safetensors"
 
 
 def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -> Artifact:
@@ -21,11 +22,22 @@ def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -
     Raises:
         StorageError: the run directory cannot be written.
     """
-    return storage.write(*pack_tensors(prefix, tensors))
+    if storage.local_folder is None:
+        artifact, data = pack_tensors(prefix, tensors)
+        return storage.write(artifact.path, data)
+    # Straight from the tensors: bytes in between take as long as all the rest.
+    return storage.write_file(prefix, _SUFFIX, partial(save_file, _apart(tensors)))
 
 
-def pack_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    """Path and bytes of the file that ``save_tensors`` writes."""
+def pack_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Artifact, bytes]:
+    """What ``save_tensors`` gives, and the bytes that it writes."""
+    data = save(_apart(tensors))
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Artifact(hashed_path(prefix, sha256, _SUFFIX), sha256, len(data)), data
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them, in an order that is always the same."""
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):
@@ -33,18 +45,19 @@ def pack_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes
         # Tensors that share memory are refused by safetensors: only the first is stored without a copy of its own.
         own[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
-    data = save(own)
-    return f"{prefix}-{hashlib.sha256(data).hexdigest()[:_HASH_DIGITS]}.safetensors", data
+    return own
 
 
 def load_tensors(storage: Storage, artifact: Artifact) -> dict[str, Tensor]:
-    """The tensors of a sealed file, on the CPU.
+    """The tensors of a sealed file, on the CPU, in memory of their own.
 
     Raises:
         StorageError: it is missing or damaged.
     """
-    data = storage.read_artifact(artifact)
     try:
-        return load(data)
+        if storage.local_folder is None:
+            return load(storage.read_artifact(artifact))
+        # Read straight into the tensors; not mapped, for a file that shrinks would then end the process.
+        return load_file(storage.verified_file(artifact), backend="pread")
     except SafetensorError as error:
         raise StorageError(f"The file {artifact.path!r} in {storage.shown!r} holds no tensors: {error}") from error

@@ -197,8 +197,10 @@ class _Points:
 
         self._around(Storage, "write", self._write)
         self._around(Storage, "create", self._write)
+        self._around(Storage, "write_file", self._write_file)
         self._around(local_files, "temporary", self._temporary)
         self._around(Storage, "read", self._read)
+        self._around(Storage, "verified_file", self._verify)
         self._around(Storage, "__init__", self._open)
 
     def unwrap(self) -> None:
@@ -270,16 +272,28 @@ class _Points:
         self.reach(f"after seal {path}", storage, path)
         return answer
 
+    def _write_file(self, write: Callable[..., Any], storage: Any, prefix: str, suffix: str, fill: Any) -> Any:
+        path = f"{prefix}-{suffix}"  # its hash is not known yet
+        self._sealing = storage, path
+        self.reach(f"before seal {path}", storage, path)
+        artifact = write(storage, prefix, suffix, fill)
+        self.reach(f"after seal {artifact.path}", storage, artifact.path)
+        return artifact
+
     @contextmanager
-    def _temporary(self, temporary: Callable[..., Any], target: Path, data: bytes) -> Iterator[Path]:
+    def _temporary(self, temporary: Callable[..., Any], target: Path, fill: Any) -> Iterator[Path]:
         storage, path = self._sealing
-        with temporary(target, data) as file:
+        with temporary(target, fill) as file:
             self.reach(f"inside seal {path}", storage, path)
             yield file
 
     def _read(self, read: Callable[..., Any], storage: Any, path: str) -> Any:
         self.reach(f"read {path}", storage, path)
         return read(storage, path)
+
+    def _verify(self, verify: Callable[..., Any], storage: Any, artifact: Any) -> Any:
+        self.reach(f"read {artifact.path}", storage, artifact.path)
+        return verify(storage, artifact)
 
     def _open(self, init: Callable[..., Any], storage: Any, uri: str) -> None:
         init(storage, uri)

@@ -83,7 +83,7 @@ WEIGHTS = ((0, "autoencoder"), (1, "expert"), (2, "autoencoder"), (2, "expert"))
 
 
 def test_a_read_that_fails_once_is_tried_again(tmp_path: Path, chaos: Chaos, whole: dict[str, bytes]) -> None:
-    chaos.plan(Fault("read tasks/00000/expert-*", "broken"), Fault("read tasks/00000/autoencoder-*", "broken"))
+    chaos.plan(Fault("read tasks/00001/autoencoder-*", "broken"), Fault("read tasks/00000/autoencoder-*", "broken"))
     train(tmp_path / "run")
     chaos.require_fired()
     assert content(tmp_path / "run") == whole

@@ -74,7 +74,7 @@ def path_of(ref: ExpertRef) -> str:
 
 def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
     """How many files are read to get the experts at ``refs``."""
-    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
+    with mock.patch.object(Storage, "verified_file", autospec=True, side_effect=Storage.verified_file) as loads:
         for ref in refs:
             reader.expert(ref)
     return loads.call_count
@@ -202,7 +202,7 @@ def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
     artifact = save_tensors(storage, "tasks/0/a", autoencoder("linear", 0).tensors())
     ref = GateRef("linear", StatisticsRecord(save_statistics(storage, statistics()), 77), ((0, artifact),), 2.0, None)
     reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 1, "cpu")
-    with mock.patch.object(Storage, "read_artifact", autospec=True, side_effect=Storage.read_artifact) as loads:
+    with mock.patch.object(Storage, "verified_file", autospec=True, side_effect=Storage.verified_file) as loads:
         reader.gate(ref)
         reader.gate(ref)
     assert loads.call_count == 2

@@ -19,7 +19,8 @@ import pytest
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store.layout import SCHEMA_VERSION
-from distributed_eg.store.storage import REPAIR, Artifact, Storage
+from distributed_eg.store.record_text import REPAIR
+from distributed_eg.store.storage import Artifact, Storage
 
 
 @pytest.fixture
@@ -361,7 +362,7 @@ def test_bytes_that_the_disk_did_not_keep_are_noticed(
 ) -> None:
     storage.write("a", b"old")
     monkeypatch.setattr(os, "fsync", lambda handle: os.ftruncate(handle, 2))
-    with pytest.raises(StorageError, match="reads back differently"):
+    with pytest.raises(StorageError, match="keeps 2 bytes after 13 bytes"):
         storage.write("a", b"a new version")
     assert files(tmp_path) == ["run/a"]
     assert storage.read("a") == b"old"

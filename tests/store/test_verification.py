@@ -16,8 +16,9 @@ from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease
+from distributed_eg.store.record_text import REPAIR, record_bytes
 from distributed_eg.store.records import CheckpointRecord
-from distributed_eg.store.storage import REPAIR, Storage, record_bytes
+from distributed_eg.store.storage import Storage
 from distributed_eg.store.tables import REGISTRY_SCHEMA, RELATEDNESS_SCHEMA
 from distributed_eg.store.verification import Damage, collect, rebuild_tables, unnamed, verify
 from tests.helpers import DOMAINS, SETTINGS, SHAPE, tiny_benchmark, tiny_net, tiny_strategy

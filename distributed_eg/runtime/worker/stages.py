@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
@@ -22,6 +24,7 @@ from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExp
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
+from distributed_eg.store.experts import ExpertRef
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
@@ -130,24 +133,20 @@ def _warn_if_unlearnt(
 
 def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:
     """Train a task's expert with the user's own strategy, from its parent, and seal it."""
-    arrived, method, head = request.input.record, context.setup.method, context.setup.head
-    parent = context.root if request.parent is None else context.reader.expert(request.parent).network
-    seed = derive_seed(method.seed, arrived.task, "head")
-    if request.choice.transfer == "continue" and request.parent is not None:
-        network = continue_expert(parent, head, request.parent.classes, arrived.classes, seed)
-    else:
-        network = derive_expert(parent, head, len(arrived.classes), seed)
-    train_as(network, context.root, head)
+    arrived = request.input.record
+    context.reader.release(but=request.parent)
+    derive = partial(_derive, context, request)
     job = ExpertJob(
         task=arrived.task,
         label=arrived.label,
         classes=arrived.classes,
-        network=network.to(context.device),
-        head=head,
-        teacher=parent.to(context.device) if request.choice.transfer == "lwf" else None,
+        network=derive().to(context.device),
+        derive=derive,
+        head=context.setup.head,
+        teacher=_parent(context, request).to(context.device) if request.choice.transfer == "lwf" else None,
         data=request.input.data.load(context.fetch),
         experience=request.input.experience,
-        method=method,
+        method=context.setup.method,
         device=context.device,
         is_stopping=context.stopping.is_set,
         checkpoints=CheckpointSlot(context.storage, arrived.task, _stage_key(context, request)),
@@ -157,7 +156,25 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
     trained = trainer.train(job)
     state = trained.network.state_dict()
     artifact = save_tensors(context.storage, task_weights(arrived.task, "expert"), state)
+    context.reader.keep(ExpertRef(artifact, arrived.classes), state)  # a child may train here next
     return messages.ExpertResult(artifact, trained.distillation, trained.log)
+
+
+def _parent(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:
+    """The network that an expert starts from."""
+    return context.root if request.parent is None else context.reader.expert(request.parent).network
+
+
+def _derive(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:
+    """An expert as it is before its training, on the CPU."""
+    arrived, head, parent = request.input.record, context.setup.head, request.parent
+    seed = derive_seed(context.setup.method.seed, arrived.task, "head")
+    if request.choice.transfer == "continue" and parent is not None:
+        network = continue_expert(_parent(context, request), head, parent.classes, arrived.classes, seed)
+    else:
+        network = derive_expert(_parent(context, request), head, len(arrived.classes), seed)
+    train_as(network, context.root, head)
+    return network
 
 
 def _stage_key(context: WorkerContext, request: messages.ExpertRequest) -> str:

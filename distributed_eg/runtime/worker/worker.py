@@ -49,12 +49,25 @@ class TaskWorker:
             ours = error if isinstance(error, ExpertGateError) and is_ours(error) else None
             message = told(error) if ours is None else str(error)
             took_s = time.perf_counter() - started
-            return Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
+            raised = Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
+            _forget_frames(error)
+            return raised
         return Done(result, time.perf_counter() - started)
 
     def close(self) -> None:
         """Have what runs end at its next batch, and remove the scratch folder."""
         self._context.close()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what a failed stage had in hand: networks and data live in the frames of its traceback."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            _ = frame.f_locals  # whoever asked for them before left a copy, which this brings up to date
+        error = error.__cause__ or error.__context__
 
 
 def _seed(request: Request, run_seed: int) -> int:

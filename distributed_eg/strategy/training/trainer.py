@@ -23,6 +23,7 @@ from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.checkpoint import Checkpointing
 from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.packing import PackedStrategy, unpack
+from distributed_eg.strategy.training.recording import RecordingLogger
 from distributed_eg.strategy.training.single_expert import SingleExpert
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,17 @@ class StrategyTrainer:
         # Its clock starts at 0: how many iterations the tasks before it take may not be known yet, and plugins that
         # remember would look for what they kept of those.
         strategy, recorder = unpack(self.packed, model, job.network, Clock())
+        try:
+            return self._train(job, model, strategy, recorder)
+        finally:
+            # Plugins, loops and schedulers refer to each other: what was trained would stay until that is collected.
+            for part in (vars(strategy).get("optimizer"), strategy):
+                vars(part).clear()
+            job.network.zero_grad(set_to_none=True)
+
+    def _train(
+        self, job: ExpertJob, model: SingleExpert, strategy: ExpertLoop, recorder: RecordingLogger
+    ) -> TrainedExpert:
         recorder.evaluations = {(i.stream, i.index): at for at, (i, _) in enumerate(job.data.evaluations)}
         distillation = _begin_distillation(job, strategy.optimizer)
         strategy.optimizer.state.clear()
@@ -62,7 +74,6 @@ class StrategyTrainer:
         strategy.device = job.device
         if isinstance(strategy._criterion, nn.Module):
             strategy._criterion.to(job.device)
-        before = _fingerprint(job.network)
         counting = register_optimizer_step_post_hook(rules.count_step)
         try:
             with warnings.catch_warnings():
@@ -83,7 +94,7 @@ class StrategyTrainer:
             if distillation is not None:
                 distillation.detach()
         _require_finite(job, is_trained=rules.num_steps > 0)
-        if not rules.num_steps and _fingerprint(job.network) == before:
+        if not rules.num_steps and _is_untouched(job):
             _refuse_unlearnt(job, strategy, self.loader_args)
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
 
@@ -182,9 +193,10 @@ def _hook_error(error: BaseException, job: ExpertJob, checkpointing: Checkpointi
     return users_error(error, f"Training the expert of task {job.task} (label {job.label})", note=note)
 
 
-def _fingerprint(network: nn.Module) -> list[float]:
-    """What tells whether anybody moved a parameter, be it by hand."""
-    return [float(parameter.detach().double().sum()) for parameter in network.parameters()]
+def _is_untouched(job: ExpertJob) -> bool:
+    """Whether nobody moved a parameter, be it by hand."""
+    pairs = zip(job.network.parameters(), job.derive().parameters(), strict=True)
+    return all(torch.equal(after.cpu(), before) for after, before in pairs)
 
 
 def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[str, object]) -> None:
@@ -203,7 +215,8 @@ def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[st
 
 def _require_finite(job: ExpertJob, *, is_trained: bool) -> None:
     for name, tensor in job.network.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # One pass without a copy; whatever is not finite shows in the least or the greatest value.
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             says = f"The weights {name!r} of task {job.task} (label {job.label}) are not finite"
             if not is_trained:
                 raise DivergedError(f"{says}, and it took no step: look at the weights that it starts from.")

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -92,11 +93,13 @@ class Stage:
         """Train to the end: what must be the same (weights, mean distillation, log)."""
         Interrupter.begun.clear()
         part = parts_of(self.experience)[0]
+        derive = partial(derive_expert, self.root, self.head, len(part.classes), 0)
         job = ExpertJob(
             task=TASK,
             label=TASK,
             classes=part.classes,
-            network=derive_expert(self.root, self.head, len(part.classes), 0),
+            network=derive(),
+            derive=derive,
             head=self.head,
             teacher=copy.deepcopy(self.root) if self.transfer == "lwf" else None,
             data=cloudpickle.loads(cloudpickle.dumps(task_data(part, TASK, 0, 0.1))),

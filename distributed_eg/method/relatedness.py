@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from distributed_eg.errors import DivergedError
 from distributed_eg.types import RelatednessRow, RelatednessUnit, TaskId, TransferChoice
@@ -23,16 +25,18 @@ class TaskErrors:
     candidates: Mapping[TaskId | None, float]
 
 
-def relatedness(error: float, own_error: float, variance: float, unit: RelatednessUnit) -> float:
-    """Rel = 1 − (Er_a − Er_k) / Er_k (equation 3 of the paper), or with the task's variance below the line.
+def relatedness(
+    errors: Sequence[float] | np.ndarray, own_error: float, variance: float, unit: RelatednessUnit
+) -> np.ndarray:
+    """Rel = 1 − (Er_a − Er_k) / Er_k (equation 3 of the paper), or with the task's variance below the line, of each
+    candidate's error.
 
     Both units keep the order of the candidates, hence the parent; only the scale that ``rel_thresh`` is read on
     differs. A task without any variation (below the line 0) is related to a candidate only if that errs no more.
     """
     below = own_error if unit == "own_error" else variance
-    if below <= 0:
-        return 1.0 if error <= own_error else -math.inf
-    return 1 - (error - own_error) / below
+    values = np.asarray(errors, dtype=float)
+    return np.where(values <= own_error, 1.0, -math.inf) if below <= 0 else 1 - (values - own_error) / below
 
 
 def choose_transfer(
@@ -54,7 +58,8 @@ def choose_transfer(
             )
     # The root precedes every task.
     candidates = sorted(errors.candidates, key=lambda candidate: -1 if candidate is None else candidate)
-    values = {c: relatedness(errors.candidates[c], errors.own, errors.variance, unit) for c in candidates}
+    of_each = relatedness([errors.candidates[c] for c in candidates], errors.own, errors.variance, unit)
+    values = dict(zip(candidates, of_each.tolist(), strict=True))
     if not candidates:
         return [], TransferChoice(None, "fresh")
     parent = max(candidates, key=lambda candidate: values[candidate])  # max keeps the first of equals

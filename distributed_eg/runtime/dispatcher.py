@@ -200,6 +200,8 @@ class Dispatcher:
     def _seal(self, task: TaskId, result: ExpertResult) -> None:
         registry, arrived = self.registry, self._tasks[task].record
         relatedness = registry.relatedness[task]
+        if task in self.recorded.relatedness:  # perhaps as an earlier version of this package writes it
+            self._record(relatedness)
         manifest = TaskManifest(
             task=task,
             label=arrived.label,

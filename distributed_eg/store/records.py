@@ -11,7 +11,15 @@ from distributed_eg.store import layout
 from distributed_eg.store.decoding import decode
 from distributed_eg.store.record_text import record_bytes, repair_of
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
-from distributed_eg.types import AutoencoderKind, ImageTransform, RelatednessRow, TaskId, Transfer, TransferChoice
+from distributed_eg.types import (
+    AutoencoderKind,
+    ImageTransform,
+    RelatednessRow,
+    RelatednessUnit,
+    TaskId,
+    Transfer,
+    TransferChoice,
+)
 
 R = TypeVar("R", bound="Record")
 
@@ -125,13 +133,16 @@ class AutoencoderRecord(RecordOfTask):
 
 @dataclass(frozen=True, slots=True)
 class RelatednessRecord(RecordOfTask):
-    """A task's row of the relatedness table and the parent that follows from it."""
+    """A task's row of the relatedness table and the parent that follows from it; candidates in order of arrival, None
+    standing for the pretrained root, and their errors."""
 
     name: ClassVar[str] = "relatedness"
     choice: TransferChoice
     own_error: float
     variance: float
-    rows: tuple[RelatednessRow, ...]
+    unit: RelatednessUnit
+    candidates: tuple[TaskId | None, ...]
+    errors: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +257,8 @@ def _read(storage: Storage, kind: type[R], task: TaskId | None) -> tuple[R, Arti
     if issubclass(kind, TaskTimings):
         raw.setdefault("task", task)  # earlier versions did not write it
     try:
+        if kind is RelatednessRecord and "rows" in raw:
+            raw |= _columns_of(decode(tuple[RelatednessRow, ...], raw.pop("rows"), "rows"))
         record: R = decode(kind, raw, "it")
         if record.path != path:
             raise ValueError(f"it belongs to task {raw['task']}")
@@ -254,6 +267,12 @@ def _read(storage: Storage, kind: type[R], task: TaskId | None) -> tuple[R, Arti
         message = f"The record {path!r} in {storage.shown!r} is damaged: {error}. {repair_of(path)}"
         raise DamagedFileError(message) from error
     return record, artifact_of(path, data)
+
+
+def _columns_of(rows: tuple[RelatednessRow, ...]) -> dict[str, Any]:
+    """Earlier versions wrote everything of every candidate."""
+    unit = rows[0].unit if rows else "own_error"
+    return {"unit": unit, "candidates": [row.candidate for row in rows], "errors": [row.error for row in rows]}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distributed_eg.method.relatedness import relatedness
 from distributed_eg.store import layout
 from distributed_eg.store.records import RelatednessRecord, TaskManifest, TaskTimings
 from distributed_eg.store.storage import Storage
@@ -66,17 +66,23 @@ def relatedness_table(records: Sequence[RelatednessRecord], manifests: Sequence[
     """One row a sealed task and candidate, in order of arrival; candidate null stands for the pretrained root."""
     first = first_numbers(manifests)
     labels = {manifest.task: manifest.label for manifest in manifests}
-    rows = [
-        {
-            **asdict(row),
-            "task": first[record.task],
-            "label": labels[record.task],
-            "candidate": None if row.candidate is None else first.get(row.candidate, row.candidate),
+    parts = [RELATEDNESS_SCHEMA.empty_table()]
+    for record in sorted(records, key=lambda record: record.task):
+        size, chosen = len(record.candidates), [c == record.choice.parent for c in record.candidates]
+        columns = {
+            "task": pa.repeat(first[record.task], size),
+            "label": pa.repeat(labels[record.task], size),
+            "candidate": pa.array([None if c is None else first.get(c, c) for c in record.candidates], pa.int64()),
+            "error": pa.array(record.errors, pa.float64()),
+            "own_error": pa.repeat(record.own_error, size),
+            "variance": pa.repeat(record.variance, size),
+            "unit": pa.repeat(record.unit, size),
+            "relatedness": pa.array(relatedness(record.errors, record.own_error, record.variance, record.unit)),
+            "chosen": pa.array(chosen, pa.bool_()),
+            "transfer": pa.array([record.choice.transfer if is_chosen else None for is_chosen in chosen], pa.string()),
         }
-        for record in sorted(records, key=lambda record: record.task)
-        for row in record.rows
-    ]
-    return pa.Table.from_pylist(rows, schema=RELATEDNESS_SCHEMA)
+        parts.append(pa.table(columns, schema=RELATEDNESS_SCHEMA))
+    return pa.concat_tables(parts).combine_chunks()
 
 
 def first_numbers(manifests: Sequence[TaskManifest]) -> dict[TaskId, TaskId]:

@@ -267,7 +267,7 @@ def _missing(storage: Storage, found: records.StoredRecords) -> Iterator[Damage]
 def _needs(record: records.Record) -> Iterator[str]:
     """Where the records are without which this one is worth nothing."""
     if isinstance(record, records.RelatednessRecord):
-        tasks = (row.candidate for row in record.rows if row.candidate is not None)
+        tasks = (candidate for candidate in record.candidates if candidate is not None)
         yield from map(records.AutoencoderRecord.path_of, tasks)
     elif isinstance(record, records.TaskManifest):
         yield records.StatisticsRecord.path_of()

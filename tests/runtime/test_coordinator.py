@@ -25,7 +25,7 @@ from distributed_eg.store.records import (
 )
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.types import RelatednessRow, TransferChoice
+from distributed_eg.types import TransferChoice
 
 
 def artifact(name: str) -> Artifact:
@@ -36,11 +36,10 @@ def artifact(name: str) -> Artifact:
 def records_of(task: int, relatedness: Artifact | None = None) -> list[Record]:
     """What the stages of a task leave behind; the manifest last, once its relatedness is sealed."""
     parent = task - 1 if task else None
-    row = RelatednessRow(task, parent, 2.0, 1.0, 4.0, "variance", 0.1 + 0.2, True, "lwf")
     choice = TransferChoice(parent, "lwf") if task else TransferChoice(None, "fresh")
     found: list[Record] = [
         AutoencoderRecord(task, 10 + task, "linear", artifact(f"a{task}"), 60),
-        RelatednessRecord(task, choice, 1.0, 4.0, (row,) if task else ()),
+        RelatednessRecord(task, choice, 1.0, 4.0, "variance", (parent,) if task else (), (0.1 + 0.2,) if task else ()),
     ]
     if relatedness is not None:
         a, e = artifact(f"a{task}"), artifact(f"e{task}")

@@ -34,7 +34,7 @@ from distributed_eg.store.records import (
     artifact_of_record,
 )
 from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.types import RelatednessRow, TransferChoice
+from distributed_eg.types import TransferChoice
 
 
 def artifact(name: str) -> Artifact:
@@ -42,20 +42,11 @@ def artifact(name: str) -> Artifact:
     return Artifact(f"{name}-abc.safetensors", "abc" * 20, 123)
 
 
-def row(task: int, candidate: int | None, *, relatedness: float = 0.1 + 0.2, chosen: bool = False) -> RelatednessRow:
-    """A row whose floats need all their digits."""
-    return RelatednessRow(
-        task, candidate, 1 / 3, 2 / 7, 1e-300, "variance", relatedness, chosen, "lwf" if chosen else None
-    )
-
-
 RUN = RunRecord("ab12", {"seed": 0, "lr": 1e-3}, 1, {"root": asdict(artifact("root"))}, {}, {"torch": "2"}, {})
 STATISTICS = StatisticsRecord(artifact("s"), 60, artifact("root"))
 ARRIVAL = TaskRecord(3, -2, (9,), (1, 3), 1, {"length": 60, "leaves": [["a", 1.5]]})
 AUTOENCODER = AutoencoderRecord(3, -2, "linear", artifact("a"), 512)
-RELATEDNESS = RelatednessRecord(
-    3, TransferChoice(None, "lwf"), 1 / 3, 1e22, (row(3, None, chosen=True), row(3, 0, relatedness=-math.inf))
-)
+RELATEDNESS = RelatednessRecord(3, TransferChoice(None, "lwf"), 1 / 3, 1e22, "variance", (None, 0), (2 / 7, 0.1 + 0.2))
 MANIFEST = TaskManifest(3, -2, (1, 3), (9,), 0, "lwf", 1 / 3, artifact("a"), artifact("r"), artifact("e"))
 TIMINGS = TaskTimings(3, (StageTiming("features", "w1", 0.25), StageTiming("expert", "w0", 1 / 3)))
 CHECKPOINT = CheckpointRecord(3, "k", 2, {"dict": [["ä\ud800", {"float": "nan"}], [1, None]]}, artifact("c"))
@@ -69,7 +60,14 @@ NAMED: list[tuple[Record, str, list[str]]] = [
     (AUTOENCODER, "tasks/00003/autoencoder.json", ["a"]),
     (RELATEDNESS, "tasks/00003/relatedness.json", []),
     (
-        replace(RELATEDNESS, choice=TransferChoice(1, "finetune"), own_error=math.ulp(0.0), variance=4, rows=()),
+        replace(
+            RELATEDNESS,
+            choice=TransferChoice(1, "finetune"),
+            own_error=math.ulp(0.0),
+            variance=4,
+            candidates=(),
+            errors=(),
+        ),
         "tasks/00003/relatedness.json",
         [],
     ),
@@ -106,7 +104,6 @@ def test_every_kind_of_record_is_among_them() -> None:
 SEALED_BEFORE = {
     STATISTICS: "294323c5d6ea813ea212020caac3bfad26d22c2cf20c4e91a1fb9b374acabd3c",
     AUTOENCODER: "aa3f922a77d02d53e9d600c6f1e00f5bba45528677cf4515a65dae5d164edbce",
-    RELATEDNESS: "e2d94372b01575ad8f44f127e03cc47736695932e573b513e912fe656eba202a",
     MANIFEST: "5ee91836b0f249d583b91d9be41ed763622c30ea687ec3df068549e0ef8edae7",
 }
 """What earlier versions of this package sealed these records to."""
@@ -116,6 +113,19 @@ SEALED_BEFORE = {
 def test_the_bytes_are_those_of_earlier_versions(record: Record) -> None:
     """Manifests name records by their hash: other bytes would be another run."""
     assert artifact_of_record(record).sha256 == SEALED_BEFORE[record]
+
+
+def test_relatedness_of_earlier_versions_tells_everything_of_every_candidate(tmp_path: Path) -> None:
+    said = {"task": 3, "own_error": 1 / 3, "variance": 1e22, "unit": "variance"}
+    rows = [
+        {**said, "candidate": None, "error": 2 / 7, "relatedness": 0.5, "chosen": True, "transfer": "lwf"},
+        {**said, "candidate": 0, "error": 0.1 + 0.2, "relatedness": 0.25, "chosen": False, "transfer": None},
+    ]
+    written = {**asdict(RELATEDNESS), "rows": rows}
+    for column in ("unit", "candidates", "errors"):
+        del written[column]
+    Storage(str(tmp_path)).write_record(RELATEDNESS.path, written)
+    assert records.read(Storage(str(tmp_path)), RelatednessRecord, 3) == RELATEDNESS
 
 
 def test_an_empty_run_has_no_records(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from distributed_eg.store.records import (
 )
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.types import RelatednessRow, TransferChoice
+from distributed_eg.types import TransferChoice
 
 STATISTICS = StatisticsRecord(Artifact("s", "sha-s", 1), 60)
 
@@ -32,10 +32,10 @@ def write_task(storage: Storage, task: int, label: int) -> TaskManifest:
     """Every record of a task whose parent is the task before."""
     parent = task - 1 if task else None
     autoencoder, expert = Artifact(f"a{task}", f"sha-a{task}", 1), Artifact(f"e{task}", f"sha-e{task}", 1)
-    rows = (RelatednessRow(task, parent, 2.0, 1.0, 4.0, "variance", 0.75, True, "lwf"),) if task else ()
+    columns = ((parent,), (2.0,)) if task else ((), ())
     choice = TransferChoice(parent, "lwf" if task else "fresh")
     records.seal(storage, AutoencoderRecord(task, label, "linear", autoencoder, 60))
-    related = records.seal(storage, RelatednessRecord(task, choice, 1.0, 4.0, rows))
+    related = records.seal(storage, RelatednessRecord(task, choice, 1.0, 4.0, "variance", *columns))
     classes = (2 * task, 2 * task + 1)
     records.seal(storage, TaskRecord(task, label, classes, (task,), None, {}))
     manifest = TaskManifest(task, label, (task,), classes, parent, choice.transfer, None, autoencoder, related, expert)
@@ -128,7 +128,7 @@ def _truncate(file: Path) -> None:
 
 def _change(file: Path) -> None:
     """Still JSON, still a record of that task, but not the one that was sealed."""
-    file.write_text(file.read_text().replace("0.75", "0.95").replace("sha-a1", "sha-b1"))
+    file.write_text(file.read_text().replace("2.0", "2.5").replace("sha-a1", "sha-b1"))
 
 
 @pytest.mark.parametrize("harm", [_truncate, Path.unlink, _change], ids=["truncated", "missing", "changed"])

@@ -32,11 +32,8 @@ def manifest(task: int, parent: int | None) -> TaskManifest:
 
 def related(task: int, candidates: list[int | None], chosen: int | None) -> RelatednessRecord:
     """A record in which ``chosen`` is the parent."""
-    rows = [
-        RelatednessRow(task, c, 2.0, 1.0, 4.0, "own_error", 0.5, c == chosen, "finetune" if c == chosen else None)
-        for c in candidates
-    ]
-    return RelatednessRecord(task, TransferChoice(chosen, "finetune"), 1.0, 4.0, tuple(rows))
+    errors = (2.0,) * len(candidates)
+    return RelatednessRecord(task, TransferChoice(chosen, "finetune"), 1.0, 4.0, "variance", tuple(candidates), errors)
 
 
 TIMINGS = {
@@ -80,6 +77,7 @@ def test_relatedness_has_one_row_a_task_and_candidate_with_null_for_the_root() -
     assert table["chosen"].to_pylist() == [True, False, False, False, True]
     assert table["transfer"].to_pylist() == ["finetune", None, None, None, "finetune"]
     assert table["own_error"].to_pylist() == [1.0] * 5
+    assert table["relatedness"].to_pylist() == [0.75] * 5
 
 
 def test_every_field_of_a_relatedness_row_is_a_column() -> None:

@@ -123,3 +123,13 @@ def test_it_is_evaluated_predicts_and_takes_a_new_task(run: Path) -> None:
         assert [row["label"] for row in strategy.registry.to_pylist()] == [7, 3, 2]
     assert weights(run).items() >= before.items()
     assert verify(Storage(str(run))).damages == ()
+
+
+@resumes
+@pytest.mark.parametrize("run", ["finished"], indirect=True)
+def test_what_was_related_before_and_is_sealed_now_is_whole(run: Path) -> None:
+    """The manifest names the relatedness record as it is now, which an earlier version wrote otherwise."""
+    for file in sorted(run.glob("tasks/*/manifest.json"))[1:]:
+        file.unlink()
+    train(run)
+    assert verify(Storage(str(run))).damages == ()

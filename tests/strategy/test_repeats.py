@@ -69,7 +69,7 @@ def test_a_later_task_sees_the_newest_version_that_precedes_it() -> None:
         rows = [row for row in strategy.relatedness.to_pylist() if row["task"] == 3]
         assert [row["candidate"] for row in rows] == [1, 0]
         record = registry_of(strategy).relatedness[3]
-        assert [row.candidate for row in record.rows] == [1, 2]
+        assert record.candidates == (1, 2)
         assert record.choice.parent == 2
 
 
@@ -115,7 +115,7 @@ def test_a_new_expert_starts_as_a_new_task_does() -> None:
         assert again.versions == (0, 2)
         assert again.transfer in ("finetune", "lwf")
         assert again.classes == (1, 4)
-        assert [row.candidate for row in registry.relatedness[2].rows] == [0, 1]
+        assert registry.relatedness[2].candidates == (0, 1)
         assert registry.autoencoders[2].num_samples == 54
         assert strategy.registry["task"].to_pylist() == [0, 1, 3]
 

@@ -105,7 +105,8 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
         choice = TransferChoice(request.input.record.continues, "continue")
     _warn_if_unlearnt(request.input.record, own, variance, len(features), method.autoencoder)
     context.drop_features(request.input.key, "valid")
-    return RelatednessRecord(task, choice, own, variance, tuple(rows))
+    columns = tuple(row.candidate for row in rows), tuple(row.error for row in rows)
+    return RelatednessRecord(task, choice, own, variance, unit, *columns)
 
 
 def _warn_if_unlearnt(

@@ -12,6 +12,7 @@ from distributed_eg.runtime.engine import Ended, Engine, Report
 from distributed_eg.runtime.messages import Done, ExpertResult, Observer, Progress, Raised, Request, State, TaskInput
 from distributed_eg.runtime.resuming import take_up
 from distributed_eg.runtime.shipping import Shipped
+from distributed_eg.runtime.signals import raise_if_told
 from distributed_eg.schedule.events import Stage, TaskArrived, WorkerLost
 from distributed_eg.schedule.instructions import ReportFailure, RunStage
 from distributed_eg.schedule.loop import Loop
@@ -73,6 +74,7 @@ class Dispatcher:
         for worker in self.engine.workers():
             loop.tell(worker)
         while not machine.done:
+            raise_if_told()
             for report in self.engine.wait():
                 self._take(report, loop)
         if self._source_error is not None:

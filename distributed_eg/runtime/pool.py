@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from distributed_eg.errors import ExpertGateError, TaskFailedError, WorkerLostError
 from distributed_eg.runtime.engine import Ended, Engine
 from distributed_eg.runtime.messages import Raised, Request, Result
+from distributed_eg.runtime.signals import raise_if_told
 from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLost
 from distributed_eg.schedule.retry import Decision, decide
 
@@ -38,6 +39,7 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[Result]:
             worker, index = idle.popleft(), waiting.popleft()
             running[index] = worker
             engine.submit(index, worker, requests[index])
+        raise_if_told()
         for report in engine.wait():
             if isinstance(report, WorkerJoined):
                 idle.append(report.worker)

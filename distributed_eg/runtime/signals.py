@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM as an exception, so that what has to be ended is ended, and closing undisturbed.
+"""Signals that end a run: each as an exception that is not lost, and closing undisturbed.
 
 Job schedulers send SIGTERM and kill seconds later.
 """
@@ -16,38 +16,51 @@ _EXIT_CODE = 128 + signal.SIGTERM
 
 
 class _Handler:
-    """SIGTERM's handler within a ``terminable`` block."""
+    """A signal's handler within a ``terminable`` block."""
 
     def __init__(self, after: Any) -> None:
         self.after = after
-        """What handles SIGTERM once the block has ended."""
+        """What handles it once the block has ended."""
         self.was_told = False
 
     def __call__(self, number: int, frame: FrameType | None) -> NoReturn:
         self.was_told = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         _terminate(number, frame)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises ``SystemExit(143)``, as Ctrl-C raises ``KeyboardInterrupt``.
+    """Within the block SIGTERM raises ``SystemExit(143)``, as Ctrl-C raises ``KeyboardInterrupt``; ``raise_if_told``
+    does so again where the exception went astray.
 
     Only the main thread can do so; elsewhere, and where the program has a handler of its own, nothing changes.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or not _is_replaceable(before):
-        yield
-        return
-    handler = _Handler(before)
-    signal.signal(signal.SIGTERM, handler)
+    handlers: dict[int, _Handler] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: _Handler(known) for number, known in before.items() if _is_replaceable(known)}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     try:
         yield
     except SystemExit:
-        if handler.was_told:  # Ray's calls pass it on under another code
+        if signal.SIGTERM in handlers and handlers[signal.SIGTERM].was_told:  # Ray's calls give it another code
             raise SystemExit(_EXIT_CODE) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, handler.after)
+        for number, handler in handlers.items():
+            signal.signal(number, handler.after)
+
+
+def raise_if_told() -> None:
+    """Raise what a signal has raised within the ``terminable`` block, where somebody swallowed it: Ray's calls may."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if isinstance(handler, _Handler) and handler.was_told:
+                handler(number, None)
 
 
 @contextmanager
@@ -90,7 +103,7 @@ def uninterrupted() -> Iterator[None]:
 
 def _is_replaceable(handler: object) -> bool:
     """Whether a handler is Python's default, ours, or the one that Ray sets, which ends the process by another code."""
-    known = (signal.SIG_DFL, _terminate)
+    known = (signal.SIG_DFL, signal.default_int_handler, _terminate)
     return handler in known or (getattr(handler, "__module__", None) or "").partition(".")[0] == "ray"
 
 

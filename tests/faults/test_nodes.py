@@ -117,7 +117,7 @@ def test_who_does_not_want_to_wait_any_longer_is_told_why(stories: dict[str, Sto
     impatient = told(stories, "busy")["impatient"]
     assert re.match(r"No worker came up within \d+ s: each asks for 1 CPU and 0 GPU, and ", impatient["error"])
     assert "raise startup_timeout_s; the run can be resumed" in impatient["error"]
-    assert 1 < impatient["train_s"] < 20
+    assert 1 < impatient["train_s"] < 60
 
 
 def test_nothing_of_ours_is_left(stories: dict[str, Story]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from distributed_eg.runtime.signals import keeping_sigterm, terminable, uninterrupted
+from distributed_eg.runtime.signals import keeping_sigterm, raise_if_told, terminable, uninterrupted
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,26 @@ def test_whatever_code_a_library_makes_of_it() -> None:
     with pytest.raises(SystemExit) as stop, terminable():
         as_ray_does()
     assert stop.value.code == 143
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["SIGINT", "SIGTERM"]
+)
+def test_what_somebody_swallowed_is_raised_again(number: int, raised: type[BaseException]) -> None:
+    """Until the block has ended; a later block begins anew."""
+
+    def work() -> None:
+        raise_if_told()
+        with pytest.raises(raised):
+            os.kill(os.getpid(), number)
+        raise_if_told()
+
+    with pytest.raises(raised), terminable():
+        work()
+    with terminable():
+        raise_if_told()
+    raise_if_told()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_exit_of_the_programs_own_is_left_alone() -> None:

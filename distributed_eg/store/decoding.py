@@ -25,7 +25,7 @@ def decode(kind: Any, value: Any, what: str) -> Any:
             raise ValueError(f"{what} lacks fields or has others: {', '.join(odd)}")
         return kind(**{name: decode(types[name], item, name) for name, item in value.items()})
     if origin is tuple and isinstance(value, list):
-        is_plain = all(type(item) is arguments[0] for item in value)  # columns of many numbers
+        is_plain = set(map(type, value)) <= {arguments[0], *get_args(arguments[0])}  # columns of many numbers
         return tuple(value) if is_plain else tuple([decode(arguments[0], item, what) for item in value])
     if origin in (Union, UnionType):  # of something and None
         return None if value is None else decode(arguments[0], value, what)

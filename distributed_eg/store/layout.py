@@ -32,14 +32,19 @@ REGISTRY_TABLE = "tables/registry.parquet"
 RELATEDNESS_TABLE = "tables/relatedness.parquet"
 
 
+def task_folder(task: TaskId) -> str:
+    """Where all of a task's files are."""
+    return f"{TASKS}/{task:05d}"
+
+
 def task_file(task: TaskId, name: str) -> str:
     """Path of a task's record: ``name`` is one of those above."""
-    return f"{TASKS}/{task:05d}/{name}.json"
+    return f"{task_folder(task)}/{name}.json"
 
 
 def task_weights(task: TaskId, name: str) -> str:
     """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "expert" or "checkpoint"."""
-    return f"{TASKS}/{task:05d}/{name}"
+    return f"{task_folder(task)}/{name}"
 
 
 def session_file(generation: int) -> str:

@@ -290,11 +290,14 @@ def read_all(storage: Storage, kinds: Collection[type[Record]] = KINDS) -> Store
     """Every record of these kinds that is there; ``StorageError`` where the run directory does not answer."""
     found = StoredRecords({}, {}, {})
     for task in (None, *sorted(int(name) for name in storage.list(layout.TASKS) if name.isdigit())):
+        # A listing for all that a task has: asking for each is what opening a long run would mostly do.
+        there = None if task is None else set(storage.list(layout.task_folder(task)))
         for kind in (kind for kind in kinds if issubclass(kind, RecordOfTask) == (task is not None)):
             path = kind.path_of(task)
+            if not storage.exists(path) if there is None else path.rpartition("/")[2] not in there:
+                continue
             try:
-                if storage.exists(path):
-                    found.records[path], found.artifacts[path] = _read(storage, kind, task)
+                found.records[path], found.artifacts[path] = _read(storage, kind, task)
             except StorageError as error:
                 if storage.exists(path):  # or else a driver that works on the run has just removed it
                     found.errors[path] = error

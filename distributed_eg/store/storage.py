@@ -59,6 +59,7 @@ class Storage:
             raise StorageError(f"The storage {self.shown!r} names no file system that can be opened: {told}") from cause
         self.local_folder: Path | None = Path(path) if isinstance(base, fs.LocalFileSystem) else None
         """The run directory as a folder of this machine; None on an object store."""
+        self._real_folder = "" if self.local_folder is None else os.path.realpath(self.local_folder)
         self._fs = fs.SubTreeFileSystem(path, base)
         self._verified: dict[Artifact, tuple[int, ...]] = {}
         """What ``verified_file`` has seen, and of which file on disk."""
@@ -270,10 +271,10 @@ class Storage:
         if self.local_folder is None:
             return
         target = self.local_folder / path
-        real = Path(os.path.realpath(target if follow else target.parent))
-        if not real.is_relative_to(os.path.realpath(self.local_folder)):
+        real = os.path.realpath(target if follow else target.parent)
+        if os.path.commonpath([real, self._real_folder]) != self._real_folder:
             raise StorageError(
-                f"{says}: a symbolic link leads to {str(real)!r}; it, or the record that names it, may have been "
+                f"{says}: a symbolic link leads to {real!r}; it, or the record that names it, may have been "
                 "tampered with. Nothing was touched."
             )
 

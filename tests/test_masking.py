@@ -22,7 +22,7 @@ from distributed_eg.masking import masked, masked_in
 from distributed_eg.runtime.messages import WorkerSetup
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.storage import Storage
+from distributed_eg.store.storage import Artifact, Storage
 from tests.helpers import SHAPE, tiny_benchmark, tiny_net, tiny_strategy
 
 USER, SECRET = "AKIA0EXAMPLE", "wJalr+Utn/FEMI.K7"
@@ -139,7 +139,17 @@ def test_a_whole_run_tells_nothing(caplog: pytest.LogCaptureFixture, tmp_path: P
     for path in storage.walk():
         assert_tells_nothing(storage.read(path).decode("latin-1") + path)
     setup = WorkerSetup(
-        uri, "id", 1, Shipped(b"", (), "the network"), "head", "features", SHAPE, MethodConfig(), config, None
+        uri,
+        "id",
+        1,
+        Shipped(b"", (), "the network"),
+        Artifact("root", "abc", 1),
+        "head",
+        "features",
+        SHAPE,
+        MethodConfig(),
+        config,
+        None,
     )
     slot = CheckpointSlot(storage, 0, "key")
     assert_tells_nothing(f"{config!r} {config} {storage!r} {setup!r} {slot!r}")

@@ -118,6 +118,40 @@ class Backbone(nn.Module):
         self.network.eval()
         return self
 
+    def drop_unused(self) -> None:
+        """Let go of the parameters that no image's features need, such as those of the head: the network itself cannot
+        answer any more."""
+        used: set[nn.Module] = set()
+        network = self.network
+        # A layer that was begun uses its own parameters; one that has ended, perhaps those of all that is in it.
+        handles = []
+        for layer in network.modules():
+            handles.append(layer.register_forward_pre_hook(lambda module, _inputs: used.add(module)))
+            handles.append(layer.register_forward_hook(lambda module, *_: used.update(module.modules())))
+        try:
+            with trial(network, self.shape) as image:
+                expected = _activations(network, self.layer, image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        kept = {parameter for module in used for parameter in module.parameters(recurse=False)}
+        dropped = [
+            (module, name, parameter)
+            for module in network.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter not in kept
+        ]
+        for module, name, parameter in dropped:
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+        try:
+            with trial(network, self.shape) as image:
+                is_same = torch.equal(_activations(network, self.layer, image), expected)
+        except BackboneError:  # a layer that is not called lends another one its parameters
+            is_same = False
+        if not is_same:
+            for module, name, parameter in dropped:
+                module.register_parameter(name, parameter)
+
     @property
     def num_features(self) -> int:
         """Features of one image."""

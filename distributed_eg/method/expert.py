@@ -20,11 +20,16 @@ def derive_expert(parent: nn.Module, head: str, num_classes: int, seed: int) -> 
 
 def blank_expert(root: nn.Module, head: str, num_classes: int) -> nn.Module:
     """A network on the CPU as ``derive_expert`` gives, in memory that nobody has written: for weights to be loaded."""
-    blank = {
+    return _with_head(blank(root), head, num_classes, seed=0)
+
+
+def blank(network: nn.Module) -> nn.Module:
+    """A copy of a network on the CPU whose parameters have no values yet."""
+    empty = {
         id(old): type(old)(torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad)
-        for old in root.parameters()
+        for old in network.parameters()
     }
-    return _with_head(copy.deepcopy(root, dict(blank)).cpu(), head, num_classes, seed=0)
+    return copy.deepcopy(network, dict(empty))
 
 
 def _with_head(expert: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:

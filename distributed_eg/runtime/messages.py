@@ -26,9 +26,9 @@ from distributed_eg.types import TaskId, TransferChoice
 class WorkerSetup:
     """What a worker is made from.
 
-    ``root`` ships the root network, ``head`` is the name of its head, ``feature_layer`` and ``shape`` cut the backbone
-    off it. ``run_id`` and
-    ``generation``, the driver's number in the run's lease, name this driver's scratch folder on each node.
+    ``root`` ships the root network without its parameters, which are in the sealed file ``root_weights``; ``head`` is
+    the name of its head, ``feature_layer`` and ``shape`` cut the backbone off it. ``run_id`` and ``generation``, the
+    driver's number in the run's lease, name this driver's scratch folder on each node.
     """
 
     storage_uri: str = field(repr=False)
@@ -36,6 +36,7 @@ class WorkerSetup:
     run_id: str
     generation: int
     root: Shipped
+    root_weights: Artifact
     head: str
     feature_layer: str
     shape: tuple[int, int, int]

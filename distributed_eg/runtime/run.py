@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import logging
 import shutil
@@ -23,7 +22,7 @@ from distributed_eg.runtime.life import Life
 from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
 from distributed_eg.runtime.pool import run_all
 from distributed_eg.runtime.resuming import is_whole
-from distributed_eg.runtime.shipping import Shipped, Shipper
+from distributed_eg.runtime.shipping import Shipped, Shipper, hollow
 from distributed_eg.runtime.signals import uninterrupted
 from distributed_eg.schedule.events import WorkerJoined
 from distributed_eg.schedule.machine import Machine
@@ -31,8 +30,8 @@ from distributed_eg.store import layout, records
 from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.registry import Registry
-from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.store.weights import load_tensors, pack_tensors
+from distributed_eg.store.storage import Storage
+from distributed_eg.store.weights import pack_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class Run:
         storage: the run directory.
         lease: the right to write it.
         engine: where requests run; started.
-        root: the network that ``setup`` ships, and as what it is sealed.
+        root: the network that ``setup`` ships, without its parameters.
         setup: what its workers are made from.
         observer: told of every stage that starts or ends.
         is_new: whether the storage held no run before.
@@ -58,7 +57,7 @@ class Run:
         storage: Storage,
         lease: Lease,
         engine: Engine,
-        root: tuple[nn.Module, Artifact],
+        root: nn.Module,
         setup: WorkerSetup,
         observer: Observer | None,
         *,
@@ -67,7 +66,7 @@ class Run:
         self.storage = storage
         self._lease = lease
         self._engine = engine
-        self._root, self._root_artifact = root
+        self._root = root
         self._setup = setup
         self._observer = observer
         self._is_new = is_new
@@ -134,11 +133,12 @@ class Run:
             undo.callback(engine.close)
             engine.start()
             storage.write(sealed.path, weights)
-            shipped, _ = engine.shipper.ship(root.network, "The backbone")
+            # Workers read the weights where they are sealed: sent along, every node would hold them twice.
+            network = hollow(root.network, "The backbone")
+            shipped, _ = engine.shipper.ship(network, "The backbone")
             cut = (root.head, root.feature_layer, root.shape)
-            setup = WorkerSetup(uri, run_id, lease.generation, shipped, *cut, method, cluster, device)
-            sealed_root = (root.network, wanted.artifacts[0])
-            run = Run(storage, lease, engine, sealed_root, setup, observer, is_new=known is None)
+            setup = WorkerSetup(uri, run_id, lease.generation, shipped, sealed, *cut, method, cluster, device)
+            run = Run(storage, lease, engine, network, setup, observer, is_new=known is None)
             if known is None:
                 # Last: a run that could not be started is none, and its storage can be used again.
                 records.seal(storage, wanted)
@@ -152,7 +152,7 @@ class Run:
 
     def is_root(self, network: nn.Module) -> bool:
         """Whether ``network`` still has the weights that the run began with."""
-        return pack_tensors("root", network.state_dict())[0] == self._root_artifact
+        return pack_tensors("root", network.state_dict())[0] == self._setup.root_weights
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
@@ -168,10 +168,7 @@ class Run:
         if not self._engine.begin():
             try:
                 self._engine.start()
-                # As it is sealed, whatever has become of the caller's since.
-                network = copy.deepcopy(self._root)
-                network.load_state_dict(load_tensors(self.storage, self._root_artifact))
-                self._setup = replace(self._setup, root=self.shipper.ship(network, "The backbone")[0])
+                self._setup = replace(self._setup, root=self.shipper.ship(self._root, "The backbone")[0])
             except BaseException:
                 self._engine.close()
                 raise

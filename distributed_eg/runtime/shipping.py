@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from distributed_eg.runtime import pickling
@@ -106,6 +108,29 @@ class Shipper:
             leaf = _Leaf(dataset, self._store.put(pickling.dumps(dataset, what)))
             self._leaves[id(dataset)] = leaf
         return leaf
+
+
+def hollow(network: nn.Module, what: str) -> nn.Module:
+    """A copy of a network, as a worker would get it, whose parameters have no values and take no memory.
+
+    Raises:
+        InputError: as in ``Shipper.ship``.
+    """
+    copy: nn.Module = pickling.load(partial(pickle.loads, pickling.dumps(network, what, _HollowPickler)), what)
+    return copy
+
+
+class _HollowPickler(pickling.Pickler):
+    def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, nn.Parameter):
+            return _empty_parameter, (type(obj), obj.shape, obj.stride(), obj.dtype, obj.requires_grad)
+        return super().reducer_override(obj)
+
+
+def _empty_parameter(
+    kind: type[nn.Parameter], shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, requires_grad: bool
+) -> nn.Parameter:
+    return kind(torch.empty_strided(shape, stride, dtype=dtype, device="meta"), requires_grad)
 
 
 class _ViewPickler(pickling.Pickler):

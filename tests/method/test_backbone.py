@@ -483,3 +483,39 @@ def test_a_backbone_in_training_mode_gives_the_same_features() -> None:
     backbone.train()
     assert torch.equal(backbone(x), expected)
     assert digest(backbone.state_dict()) == before
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "resnet18", "vit_b_32", "squeezenet1_1"])
+def test_what_no_feature_needs_is_let_go_of(arch: str) -> None:
+    network = copy.deepcopy(network_of(arch))
+    shape = (3, 224, 224)
+    head = find_head(network, shape)
+    backbone = Backbone(network, last_feature_layer(network, head, shape), shape)
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    before = backbone(images)
+    backbone.drop_unused()
+    assert torch.equal(backbone(images), before)
+    assert all(parameter.is_meta for parameter in network.get_submodule(head).parameters())
+
+
+class Lending(nn.Module):
+    """Computes features by the parameters of a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lender, self.features = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        x = self.features(nn.functional.conv2d(x, self.lender.weight))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_features_need_in_another_way_is_kept() -> None:
+    with torch.random.fork_rng():
+        backbone = Backbone(Lending(), "features", (3, 8, 8))
+    images = torch.ones(2, 3, 8, 8)
+    before = backbone(images)
+    backbone.drop_unused()
+    assert torch.equal(backbone(images), before)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distributed_eg.errors import InputError, StoppedError
+from distributed_eg.errors import InputError, StoppedError, StorageError
 from distributed_eg.method.backbone import Backbone
+from distributed_eg.method.expert import blank
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import TaskData, TaskInput, WorkerSetup
 from distributed_eg.runtime.worker.contract import require_shape
@@ -43,7 +44,9 @@ class WorkerContext:
         self.device = device
         self.storage = Storage(setup.storage_uri)
         self.root = setup.root.load(fetch).eval()
-        self.backbone = Backbone(self.root, setup.feature_layer, setup.shape).to(device)
+        """Without its parameters, which are read when they are needed."""
+        self.backbone = Backbone(self.load_root(), setup.feature_layer, setup.shape).to(device)
+        self.backbone.drop_unused()
         self.reader = ExpertReader(
             partial(load_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
         )
@@ -51,6 +54,19 @@ class WorkerContext:
         self.stopping = threading.Event()
         """Set once the driver has been told to stop; what runs looks at it between batches."""
         _clear_earlier(setup)
+
+    def load_root(self) -> nn.Module:
+        """The root network, on the CPU, as the run began with it.
+
+        Raises:
+            StorageError: its file is missing, damaged or of another architecture.
+        """
+        network, artifact = blank(self.root), self.setup.root_weights
+        try:
+            network.load_state_dict(load_tensors(self.storage, artifact))
+        except RuntimeError as error:
+            raise StorageError(f"The root {artifact.path!r} does not fit this run's backbone: {error}") from error
+        return network
 
     def batches(self, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of all samples, in order, in batches of the run's feature batch size."""

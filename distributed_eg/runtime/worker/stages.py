@@ -137,14 +137,18 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
     arrived = request.input.record
     context.reader.release(but=request.parent)
     derive = partial(_derive, context, request)
+    is_taught = request.choice.transfer == "lwf"
+    network = derive().to(context.device)
+    if not is_taught:  # its parent has given what it had to give
+        context.reader.release()
     job = ExpertJob(
         task=arrived.task,
         label=arrived.label,
         classes=arrived.classes,
-        network=derive().to(context.device),
+        network=network,
         derive=derive,
         head=context.setup.head,
-        teacher=_parent(context, request).to(context.device) if request.choice.transfer == "lwf" else None,
+        teacher=_parent(context, request).to(context.device) if is_taught else None,
         data=request.input.data.load(context.fetch),
         experience=request.input.experience,
         method=context.setup.method,
@@ -163,7 +167,7 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
 
 def _parent(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:
     """The network that an expert starts from."""
-    return context.root if request.parent is None else context.reader.expert(request.parent).network
+    return context.load_root() if request.parent is None else context.reader.expert(request.parent).network
 
 
 def _derive(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:

@@ -16,8 +16,8 @@ from distributed_eg.errors import ExpertGateError
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.schedule.events import Cause, Stage
 from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.experts import ExpertRef, GateRef
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
+from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact
 from distributed_eg.types import TaskId, TransferChoice
 

@@ -138,6 +138,8 @@ class Run:
             shipped, _ = engine.shipper.ship(network, "The backbone")
             cut = (root.head, root.feature_layer, root.shape)
             setup = WorkerSetup(uri, run_id, lease.generation, shipped, sealed, *cut, method, cluster, device)
+            if settings is not None:  # a worker is seconds in coming: it need not wait for what comes here meanwhile
+                engine.add_workers(setup, 1)
             run = Run(storage, lease, engine, network, setup, observer, is_new=known is None)
             if known is None:
                 # Last: a run that could not be started is none, and its storage can be used again.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +15,9 @@ from distributed_eg.method.expert import blank_expert
 from distributed_eg.method.gate import Expert, Gate, make_gate
 from distributed_eg.method.standardize import Statistics
 from distributed_eg.store.records import StatisticsRecord
+from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact
-from distributed_eg.types import AutoencoderKind, TaskId
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRef:
-    """Where an expert is, and which dataset class ids its outputs stand for."""
-
-    source: Artifact | TaskId
-    """A sealed file, or the number of the task whose expert is in memory: what the reader's ``load`` takes."""
-    classes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class GateRef:
-    """Where everything that a gate needs is."""
-
-    kind: AutoencoderKind
-    statistics: StatisticsRecord
-    autoencoders: tuple[tuple[TaskId, Artifact], ...]
-    temp: float
-    confidence_threshold: float | None
-
+from distributed_eg.types import AutoencoderKind
 
 LoadTensors = Callable[[Any], dict[str, Tensor]]
 

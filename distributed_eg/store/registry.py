@@ -11,7 +11,6 @@ import pyarrow as pa
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import DamagedFileError
 from distributed_eg.store import records
-from distributed_eg.store.experts import ExpertRef, GateRef
 from distributed_eg.store.record_text import REPAIR
 from distributed_eg.store.records import (
     AutoencoderRecord,
@@ -26,9 +25,9 @@ from distributed_eg.store.records import (
     TaskRecord,
     TaskTimings,
 )
-from distributed_eg.store.storage import Storage
+from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import registry_table, relatedness_table
-from distributed_eg.types import TaskId
+from distributed_eg.types import AutoencoderKind, TaskId
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +42,26 @@ _PLACES: dict[type[Record], str] = {
     RetirementRecord: "retirements",
 }
 """The field of ``Registry`` that each kind of record is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRef:
+    """Where an expert is, and which dataset class ids its outputs stand for."""
+
+    source: Artifact | TaskId
+    """A sealed file, or the number of the task whose expert is in memory: what the reader's ``load`` takes."""
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GateRef:
+    """Where everything that a gate needs is."""
+
+    kind: AutoencoderKind
+    statistics: StatisticsRecord
+    autoencoders: tuple[tuple[TaskId, Artifact], ...]
+    temp: float
+    confidence_threshold: float | None
 
 
 @dataclass

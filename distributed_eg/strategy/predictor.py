@@ -16,7 +16,8 @@ from distributed_eg.method.autoencoder import autoencoder_from_tensors
 from distributed_eg.method.gate import Gate, Routing, combine_experts, make_gate
 from distributed_eg.method.standardize import Statistics
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.store.experts import ExpertReader, ExpertRef
+from distributed_eg.store.experts import ExpertReader
+from distributed_eg.store.registry import ExpertRef
 from distributed_eg.strategy.predictions import Prediction, TaskNotes, notes_as_tensor, notes_from_tensor, predictions
 from distributed_eg.types import AutoencoderKind, TaskId
 

@@ -18,9 +18,10 @@ from distributed_eg.method.gate import make_gate
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.method.standardize import Statistics
-from distributed_eg.store.experts import ExpertReader, ExpertRef, GateRef
+from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.reference import save_statistics
+from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import AutoencoderKind

@@ -11,7 +11,6 @@ import pytest
 from distributed_eg.config import AutoencoderConfig, MethodConfig
 from distributed_eg.errors import StorageError
 from distributed_eg.store import records
-from distributed_eg.store.experts import ExpertRef, GateRef
 from distributed_eg.store.records import (
     AutoencoderRecord,
     RelatednessRecord,
@@ -21,7 +20,7 @@ from distributed_eg.store.records import (
     TaskRecord,
     TaskTimings,
 )
-from distributed_eg.store.registry import Registry
+from distributed_eg.store.registry import ExpertRef, GateRef, Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import TransferChoice
 

@@ -24,11 +24,11 @@ from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExp
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.experts import ExpertRef
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
 from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
 from distributed_eg.store.reference import save_statistics
+from distributed_eg.store.registry import ExpertRef
 from distributed_eg.store.storage import Artifact
 from distributed_eg.store.weights import save_tensors
 from distributed_eg.types import TaskId, TransferChoice, derive_seed

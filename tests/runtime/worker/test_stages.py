@@ -11,7 +11,7 @@ import torch
 
 from distributed_eg import ClusterConfig, ExpertGateStrategy
 from distributed_eg.runtime.messages import Done, ExpertRequest, ExpertResult, FeaturesRequest, Raised
-from distributed_eg.store.experts import ExpertRef
+from distributed_eg.store.registry import ExpertRef
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import TransferChoice

@@ -117,7 +117,7 @@ class SgdStack:
         batch = features.expand(len(self._encoder[group]), *features.shape)
         hidden = torch.baddbmm(self._encoder_bias[group], batch, self._encoder[group]).relu_()
         logits = torch.baddbmm(self._decoder_bias[group], hidden, self._decoder[group])
-        return (logits.sigmoid_() - batch).square().sum(2)
+        return logits.sigmoid_().sub_(batch).square_().sum(2)
 
 
 def _centre(features: FeatureRows) -> tuple[Tensor, float]:

@@ -63,7 +63,7 @@ def build_network(
     if arch == EFFICIENTNET_LITE0 and weights is not None and path is None:
         raise BackboneError(f"weights={weights!r} is no file, and {arch} has no weights by name; leave weights out.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU, where it is made; others are left alone
         if arch == EFFICIENTNET_LITE0:
             network = _efficientnet_lite0(image_size, pretrained=pretrained and path is None)
         else:

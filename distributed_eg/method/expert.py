@@ -34,7 +34,7 @@ def blank(network: nn.Module) -> nn.Module:
 
 def _with_head(expert: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # of the CPU, where it is made; others are left alone
         set_head(expert, head, new_head(expert.get_submodule(head), num_classes))
     return expert.requires_grad_(True)
 

@@ -67,7 +67,8 @@ class Gate:
         if self.confidence_threshold is not None:
             weights = torch.where(routing.confidences >= self.confidence_threshold, routing.confidences, weights)
             weights = weights / weights.sum(1, keepdim=True)
-        return {task: weights[:, i] for i, task in enumerate(self.tasks) if bool((weights[:, i] > 0).any())}
+        answers = (weights > 0).any(0).tolist()
+        return {task: weights[:, i] for i, task in enumerate(self.tasks) if answers[i]}
 
 
 @dataclass(frozen=True)

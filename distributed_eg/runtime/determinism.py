@@ -24,7 +24,8 @@ def reproducible(seed: int, threads: int) -> Iterator[None]:
             torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
             if torch.cuda.is_available():
                 torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.manual_seed(seed)
+            # Without an accelerator torch.manual_seed notes for CUDA, each time, the whole stack that it came from.
+            (torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed)(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             yield

@@ -18,7 +18,8 @@ from distributed_eg.errors import InputError, StoppedError, StorageError
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.method.expert import blank
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import TaskData, TaskInput, WorkerSetup
+from distributed_eg.runtime.messages import GateAndExperts, TaskData, TaskInput, WorkerSetup
+from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.runtime.worker.contract import require_shape
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.experts import ExpertReader
@@ -50,6 +51,7 @@ class WorkerContext:
         self.reader = ExpertReader(
             partial(load_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
         )
+        self._known: tuple[Shipped, GateAndExperts] | None = None
         self.scratch = setup.scratch_folder
         self.stopping = threading.Event()
         """Set once the driver has been told to stop; what runs looks at it between batches."""
@@ -67,6 +69,12 @@ class WorkerContext:
         except RuntimeError as error:
             raise StorageError(f"The root {artifact.path!r} does not fit this run's backbone: {error}") from error
         return network
+
+    def known(self, shipped: Shipped) -> GateAndExperts:
+        """What an evaluation chooses among; its requests, one an experience, all bring the same."""
+        if self._known is None or self._known[0] != shipped:
+            self._known = shipped, shipped.load(self.fetch)
+        return self._known[1]
 
     def batches(self, reader: Reader) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and targets of all samples, in order, in batches of the run's feature batch size."""

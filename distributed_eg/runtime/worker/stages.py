@@ -209,7 +209,7 @@ def drop_features(context: WorkerContext, request: messages.DropRequest) -> None
 def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messages.EvaluateResult:
     """Route and predict; each image passes the backbone once, and each chosen expert once."""
     reader = Reader(request.data.load(context.fetch), "the evaluated experience")
-    known: GateAndExperts = request.gate_and_experts.load(context.fetch)
+    known = context.known(request.gate_and_experts)
     gate = context.reader.gate(known.gate)
     width = 1 + max(max(ref.classes) for ref in known.experts.values())
     right = torch.tensor(request.right_tasks, device=context.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -51,12 +51,11 @@ def task_labels_of(experience: CLExperience) -> list[int] | None:
     stream = read(experience, "_origin_stream")
     stream = getattr(stream, "value", stream)
     made = getattr(stream, "_exps", None)
-    if declared and not _is_constant(declared, _defined(stream) if made is None else [_declared(e) for e in made]):
+    if declared and not _is_constant(declared, _defined(stream) if made is None else map(_declared, made)):
         found["it declares"] = declared
     if carried and carried != declared:
-        everywhere = [_carried(e) for e in made or ()]
-        constant = _is_constant(carried, everywhere)
-        is_default = carried == [0] and (constant or len(everywhere) < 2)
+        constant = _is_constant(carried, map(_carried, made or ()))
+        is_default = carried == [0] and (constant or len(made or ()) < 2)
         if not is_default and (found or not constant):
             found["its data carry"] = carried
     of_origin = task_labels_of(origin) if (origin := read(experience, "origin_experience")) is not None else None
@@ -88,8 +87,14 @@ def _defined(stream: object) -> list[list[int]]:
     return [[int(label) for label in of_one] for of_one in labels]
 
 
-def _is_constant(labels: list[int], everywhere: Sequence[list[int] | None]) -> bool:
-    return len(everywhere) > 1 and all(other is not None and {*other} == {*labels} for other in everywhere)
+def _is_constant(labels: list[int], everywhere: Iterable[list[int] | None]) -> bool:
+    """Whether there are several, all of these labels; the first that is not ends the search."""
+    num_alike = 0
+    for other in everywhere:
+        if other is None or {*other} != {*labels}:
+            return False
+        num_alike += 1
+    return num_alike > 1
 
 
 def label_in_samples(dataset: LabelledDataset) -> int | None:

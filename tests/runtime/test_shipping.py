@@ -14,11 +14,11 @@ import pytest
 import torch
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from distributed_eg.errors import InputError
-from distributed_eg.runtime.shipping import Shipped, Shipper
+from distributed_eg.runtime.shipping import Shipped, Shipper, hollow
 from tests.helpers import tiny_benchmark
 
 LARGE = 400_000
@@ -284,3 +284,23 @@ def test_what_cannot_travel_is_an_input_error_that_names_it(
         shipper.ship(value, "the dataset of task 3")
     shipped, _ = shipper.ship(Images(), "another")
     assert len(shipped.load(store.fetch)) == 100, "the next one is not affected"
+
+
+def test_a_hollow_network_is_the_same_without_values() -> None:
+    """What two layers share they share still, and what lies in memory in another order does so, too."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    network[3].weight = network[2].weight
+    network[0].weight.data = network[0].weight.data.to(memory_format=torch.channels_last)
+    network[2].bias.requires_grad_(False)
+    network[1].running_mean += 1  # type: ignore[operator]
+    found = hollow(network, "The network")
+    assert all(parameter.is_meta for parameter in found.parameters())
+    assert found[3].weight is found[2].weight  # type: ignore[index]
+    for before, after in zip(network.parameters(), found.parameters(), strict=True):
+        assert (before.stride(), before.dtype, before.requires_grad) == (
+            after.stride(),
+            after.dtype,
+            after.requires_grad,
+        )
+    assert all(torch.equal(found.get_buffer(name), buffer) for name, buffer in network.named_buffers())
+    assert not any(parameter.is_meta for parameter in network.parameters())

@@ -208,3 +208,18 @@ def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
         reader.gate(ref)
     assert loads.call_count == 2
     assert reader.statistics(ref.statistics).num_samples == 77
+
+
+def test_what_a_stage_trained_is_read_from_memory_and_is_let_go_of(storage: Storage) -> None:
+    (a, trained), (b, _) = (seal_expert(storage, task, (0, 1)) for task in range(2))
+    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 2, "cpu")
+    images = torch.randn(3, WIDTH)
+    kept = reader.keep(a, trained.state_dict())
+    assert count_loads(reader, [a]) == 0
+    assert torch.equal(kept.network(images), trained.eval()(images))
+    assert {p.data_ptr() for p in kept.network.parameters()}.isdisjoint(p.data_ptr() for p in trained.parameters())
+    assert count_loads(reader, [b]) == 1
+    reader.release(but=a)
+    assert count_loads(reader, [a]) == 0
+    reader.release()
+    assert count_loads(reader, [a, b]) == 2

@@ -469,3 +469,42 @@ def test_sweep_removes_what_killed_writers_left_and_nothing_else(storage: Storag
     (tmp_path / "run/tasks/.nfs0001").write_bytes(b"")
     assert storage.sweep() == 2
     assert storage.walk() == files(tmp_path / "run") == ["run.json", "tasks/.nfs0001", "tasks/00000/a"]
+
+
+def test_a_file_is_sealed_under_its_own_hash_for_all_who_may_read_the_run(storage: Storage, tmp_path: Path) -> None:
+    """Whatever wrote it, and with whatever rights."""
+
+    def fill(file: Path) -> None:
+        file.unlink()
+        file.write_bytes(b"weights")
+        file.chmod(0o600)
+
+    artifact = storage.write_file("tasks/expert", ".bin", fill)
+    plain = storage.write("tasks/a", b"weights")
+    assert (artifact.sha256, artifact.size_bytes) == (plain.sha256, plain.size_bytes)
+    assert artifact.path == f"tasks/expert-{plain.sha256[:16]}.bin"
+    assert storage.read_artifact(artifact) == b"weights"
+    modes = {(tmp_path / "run" / path).stat().st_mode for path in (artifact.path, plain.path)}
+    assert len(modes) == 1
+    assert files(tmp_path) == ["run/tasks/a", f"run/{artifact.path}"]
+
+
+def test_a_file_is_hashed_once_a_process_until_it_changes(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = storage.write("a", b"as it was sealed")
+    hashed: list[object] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: hashed.append(given) or digest(*given))
+    file = tmp_path / "run/a"
+    assert storage.verified_file(artifact) == storage.verified_file(artifact) == file
+    assert len(hashed) == 1
+    file.write_bytes(b"As it was sealed")
+    for _ in range(2):
+        with pytest.raises(DamagedFileError, match="is damaged"):
+            storage.verified_file(artifact)
+    file.unlink()
+    with pytest.raises(DamagedFileError, match="is missing"):
+        storage.verified_file(artifact)
+    storage.write("a", b"as it was sealed")
+    assert storage.verified_file(artifact) == file

@@ -39,7 +39,7 @@ def parse_record(what: str, path: str, data: bytes) -> dict[str, Any]:
     is_as_sealed = record.pop("sha256", None) == _digest(record)
     if version == SCHEMA_VERSION and is_as_sealed:
         return record
-    if version == SCHEMA_VERSION or is_as_sealed:
+    if version == SCHEMA_VERSION or is_as_sealed or type(version) is not int:
         raise DamagedFileError(f"{what} is damaged: its content has another hash than it says. {repair_of(path)}")
     raise StorageError(
         f"{what} has schema version {version}; this package reads {SCHEMA_VERSION}. Use the package version that "

@@ -93,6 +93,7 @@ class LinearStack:
         self._components = torch.cat([autoencoder.components for autoencoder in autoencoders])
         self._offsets = torch.cat(parts)
         self._ranks = [len(part) for part in parts]
+        self._same_ranks = len(set(self._ranks)) == 1
         self._means = means
         self._mean_norms = means.square().sum(1)
 
@@ -100,8 +101,11 @@ class LinearStack:
         """‖z − m‖² − ‖V(z − m)‖² for each sample and autoencoder: (n, number of autoencoders)."""
         centred = features - _CENTRE
         distances = centred.square().sum(1, keepdim=True) - 2 * centred @ self._means.T + self._mean_norms
-        projected = torch.split(centred @ self._components.T - self._offsets, self._ranks, dim=1)
-        explained = torch.stack([part.square().sum(1) for part in projected], dim=1)
+        projected = (centred @ self._components.T).sub_(self._offsets).square_()
+        if self._same_ranks:  # one sum instead of one an autoencoder
+            explained = torch.unflatten(projected, 1, (len(self._ranks), self._ranks[0])).sum(2)
+        else:
+            explained = torch.stack([part.sum(1) for part in torch.split(projected, self._ranks, dim=1)], dim=1)
         return (distances - explained).clamp_min(0)
 
 

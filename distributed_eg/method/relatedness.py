@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distributed_eg.errors import DivergedError
-from distributed_eg.types import RelatednessRow, RelatednessUnit, TaskId, TransferChoice
+from distributed_eg.types import RelatednessUnit, TaskId, TransferChoice
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,8 @@ def relatedness(
     return np.where(values <= own_error, 1.0, -math.inf) if below <= 0 else 1 - (values - own_error) / below
 
 
-def choose_transfer(
-    task: TaskId, errors: TaskErrors, unit: RelatednessUnit, rel_thresh: float
-) -> tuple[list[RelatednessRow], TransferChoice]:
-    """The relatedness row of ``task`` and its parent: the most related candidate, the earlier task where two tie.
+def choose_transfer(task: TaskId, errors: TaskErrors, unit: RelatednessUnit, rel_thresh: float) -> TransferChoice:
+    """Where the expert of ``task`` starts: from the most related candidate, the earlier one where two tie.
 
     Above ``rel_thresh`` the expert learns without forgetting from it, else it is fine-tuned (section 3.3 of the
     paper). Without a candidate the expert starts from the pretrained root.
@@ -59,23 +57,7 @@ def choose_transfer(
     # The root precedes every task.
     candidates = sorted(errors.candidates, key=lambda candidate: -1 if candidate is None else candidate)
     of_each = relatedness([errors.candidates[c] for c in candidates], errors.own, errors.variance, unit)
-    values = dict(zip(candidates, of_each.tolist(), strict=True))
     if not candidates:
-        return [], TransferChoice(None, "fresh")
-    parent = max(candidates, key=lambda candidate: values[candidate])  # max keeps the first of equals
-    choice = TransferChoice(parent, "lwf" if values[parent] > rel_thresh else "finetune")
-    rows = [
-        RelatednessRow(
-            task=task,
-            candidate=candidate,
-            error=errors.candidates[candidate],
-            own_error=errors.own,
-            variance=errors.variance,
-            unit=unit,
-            relatedness=values[candidate],
-            chosen=candidate == parent,
-            transfer=choice.transfer if candidate == parent else None,
-        )
-        for candidate in candidates
-    ]
-    return rows, choice
+        return TransferChoice(None, "fresh")
+    best = int(of_each.argmax())  # the first of equals
+    return TransferChoice(candidates[best], "lwf" if of_each[best] > rel_thresh else "finetune")

@@ -17,7 +17,6 @@ from distributed_eg.schedule.events import Stage, TaskArrived, WorkerLost
 from distributed_eg.schedule.instructions import ReportFailure, RunStage
 from distributed_eg.schedule.loop import Loop
 from distributed_eg.schedule.machine import Machine
-from distributed_eg.store import records
 from distributed_eg.store.checkpoints import delete_checkpoint
 from distributed_eg.store.records import Record, RelatednessRecord, StageTiming, TaskManifest, TaskTimings
 from distributed_eg.store.registry import Registry
@@ -59,6 +58,7 @@ class Dispatcher:
         self._tasks: dict[TaskId, TaskInput] = {}
         self._workers_of: dict[TaskId, set[str]] = {}
         self._timings: dict[TaskId, list[StageTiming]] = {}
+        self._relatedness: dict[TaskId, Artifact] = {}
         self._logs: dict[TaskId, Any] = {}
         self._failures: dict[TaskId, ReportFailure] = {}
         self._source_error: Exception | None = None
@@ -141,7 +141,9 @@ class Dispatcher:
     # How it is done
 
     def _record(self, record: Record) -> None:
-        self.engine.coordinator.record(record)
+        artifact = self.engine.coordinator.record(record)
+        if isinstance(record, RelatednessRecord):
+            self._relatedness[record.task] = artifact  # the manifest names it
         self.registry.add(record)
 
     def _arrive(self, task_input: TaskInput) -> TaskArrived:
@@ -213,7 +215,7 @@ class Dispatcher:
             transfer=relatedness.choice.transfer,
             distillation=result.distillation,
             autoencoder=registry.autoencoders[task].artifact,
-            relatedness=records.artifact_of_record(relatedness),
+            relatedness=self._relatedness.pop(task),
             expert=result.expert,
         )
         self._record(TaskTimings(task, tuple(self._timings.pop(task))))

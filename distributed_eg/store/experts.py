@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distributed_eg.errors import StorageError
-from distributed_eg.method.autoencoder import Autoencoder, autoencoder_from_tensors
+from distributed_eg.method.autoencoder import (
+    Autoencoder,
+    AutoencoderStack,
+    autoencoder_from_tensors,
+    stack_autoencoders,
+)
 from distributed_eg.method.expert import blank_expert
 from distributed_eg.method.gate import Expert, Gate, make_gate
 from distributed_eg.method.standardize import Statistics
@@ -20,6 +25,9 @@ from distributed_eg.store.storage import Artifact
 from distributed_eg.types import AutoencoderKind
 
 LoadTensors = Callable[[Any], dict[str, Tensor]]
+
+_GROUP = 64
+"""Autoencoders laid out together where the next task asks the same ones and one more."""
 
 
 class ExpertReader:
@@ -42,6 +50,7 @@ class ExpertReader:
         self._device = torch.device(device)
         self._experts: OrderedDict[ExpertRef, Expert] = OrderedDict()
         self._autoencoders: dict[Artifact, Autoencoder] = {}
+        self._groups: dict[tuple[Artifact, ...], AutoencoderStack] = {}
         self._statistics: dict[StatisticsRecord, Statistics] = {}
         self._gate: tuple[GateRef, Gate] | None = None
 
@@ -89,6 +98,17 @@ class ExpertReader:
             self._autoencoders[artifact] = loaded.to(self._device)
         return self._autoencoders[artifact]
 
+    def stacks(self, kind: AutoencoderKind, artifacts: Sequence[Artifact]) -> list[AutoencoderStack]:
+        """Autoencoders laid out in groups, in their order; whole groups stay laid out until the gate is asked for."""
+        groups = [tuple(artifacts[i : i + _GROUP]) for i in range(0, len(artifacts), _GROUP)]
+        stacks: list[AutoencoderStack] = []
+        for group in groups:
+            stack = self._groups.get(group) or stack_autoencoders([self.autoencoder(kind, a) for a in group])
+            if len(group) == _GROUP:
+                self._groups[group] = stack
+            stacks.append(stack)
+        return stacks
+
     def statistics(self, record: StatisticsRecord) -> Statistics:
         """The run's standardization statistics."""
         if record not in self._statistics:
@@ -101,6 +121,7 @@ class ExpertReader:
         """The gate over all tasks that ``ref`` names; the last one stays in memory, laid out for its batched pass."""
         if self._gate is None or self._gate[0] != ref:
             autoencoders = {task: self.autoencoder(ref.kind, artifact) for task, artifact in ref.autoencoders}
+            self._groups.clear()  # the gate has a layout of its own
             gate = make_gate(autoencoders, self.statistics(ref.statistics), ref.temp, ref.confidence_threshold)
             self._gate = (ref, gate)
         return self._gate[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from typing import Any
 
 from distributed_eg.errors import DamagedFileError, StorageError
@@ -15,9 +16,14 @@ REPAIR = (
 )
 
 
+def fields_of(record: Any) -> dict[str, Any]:
+    """A dataclass's fields, not copied as ``asdict`` does: a long run's relatedness has thousands of values."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
 def record_bytes(record: dict[str, Any]) -> bytes:
-    """A JSON record as it is sealed, with its schema version and its own hash."""
-    body = json.loads(json.dumps(record))
+    """A JSON record as it is sealed, with its schema version and its own hash; dataclasses in it are objects."""
+    body = json.loads(json.dumps(record, default=fields_of))
     sealed = {"schema_version": SCHEMA_VERSION, "sha256": _digest(body), **body}
     return f"{json.dumps(sealed, indent=1, sort_keys=True)}\n".encode()
 

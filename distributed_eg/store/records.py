@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.decoding import decode
-from distributed_eg.store.record_text import record_bytes, repair_of
+from distributed_eg.store.record_text import fields_of, record_bytes, repair_of
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.types import (
     AutoencoderKind,
@@ -231,12 +231,12 @@ KINDS: tuple[type[Record], ...] = (
 
 def seal(storage: Storage, record: Record) -> Artifact:
     """Write a record; ``StorageError`` where the run directory cannot be written."""
-    return storage.write_record(record.path, asdict(record))
+    return storage.write_record(record.path, fields_of(record))
 
 
 def artifact_of_record(record: Record) -> Artifact:
     """What ``seal`` gives for a record."""
-    return artifact_of(record.path, record_bytes(asdict(record)))
+    return artifact_of(record.path, record_bytes(fields_of(record)))
 
 
 def read(storage: Storage, kind: type[R], task: TaskId | None = None) -> R | None:

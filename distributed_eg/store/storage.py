@@ -26,7 +26,7 @@ from distributed_eg.store.record_text import REPAIR, parse_record, record_bytes
 _HASH_DIGITS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, with which it pickles three times slower; a request has one for each task
 class Artifact:
     """A sealed file: ``path`` relative to the run directory, and what its bytes must hash to."""
 

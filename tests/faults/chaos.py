@@ -303,7 +303,7 @@ class _Points:
             from distributed_eg.runtime.worker.worker import TaskWorker
 
             self._around(TaskWorker, "run", self._run)
-            self._around(stages, "stack_autoencoders", self._stack)
+            self._around(stages, "_validation_errors", self._relate)
             self._around(stages, "combine_experts", self._evaluate)
 
     def _run(self, run: Callable[..., Any], worker: Any, request: Any) -> Any:
@@ -319,9 +319,9 @@ class _Points:
         self.reach(f"report {where}")
         return answer
 
-    def _stack(self, stack: Callable[..., Any], autoencoders: Any) -> Any:
+    def _relate(self, errors: Callable[..., Any], *args: Any) -> Any:
         self.reach(f"relate task {self._task}")
-        return stack(autoencoders)
+        return errors(*args)
 
     def _evaluate(self, combine: Callable[..., Any], *args: Any) -> Any:
         self.reach("evaluate")

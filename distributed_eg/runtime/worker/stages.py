@@ -8,12 +8,11 @@ import logging
 from dataclasses import asdict
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
 from distributed_eg.config import AutoencoderConfig
-from distributed_eg.method.autoencoder import Autoencoder, fit_autoencoder, relatedness_unit, stack_autoencoders
+from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit
 from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
 from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
@@ -95,18 +94,17 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
     task, method = request.input.record.task, context.setup.method
     kind = method.autoencoder.kind
     features = context.feature_file(request.input, "valid", request.statistics)
-    artifacts = [request.own, *(artifact for _, artifact in request.candidates)]
-    errors, variance = _validation_errors([context.reader.autoencoder(kind, a) for a in artifacts], features)
-    own, rest = errors[0], errors[1:]
+    artifacts = [artifact for _, artifact in request.candidates]
+    stacks = [*context.reader.stacks(kind, [request.own]), *context.reader.stacks(kind, artifacts)]
+    (own, *rest), variance = _validation_errors(stacks, features)
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
     unit = relatedness_unit(kind)
-    rows, choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
+    choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
     if request.input.record.continues is not None:
         choice = TransferChoice(request.input.record.continues, "continue")
     _warn_if_unlearnt(request.input.record, own, variance, len(features), method.autoencoder)
     context.drop_features(request.input.key, "valid")
-    columns = tuple(row.candidate for row in rows), tuple(row.error for row in rows)
-    return RelatednessRecord(task, choice, own, variance, unit, *columns)
+    return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), tuple(candidates.values()))
 
 
 def _warn_if_unlearnt(
@@ -266,13 +264,13 @@ def _right_predictions(
 
 
 @torch.no_grad()
-def _validation_errors(autoencoders: list[Autoencoder], features: FeatureFile) -> tuple[list[float], float]:
+def _validation_errors(stacks: list[AutoencoderStack], features: FeatureFile) -> tuple[list[float], float]:
     """Mean error of each autoencoder over all rows, and the rows' mean squared distance to their mean."""
-    stack = stack_autoencoders(autoencoders)
-    total = np.zeros(len(autoencoders))
+    totals: list[torch.Tensor] = []
     mean = torch.stack([block.double().sum(0) for block in features.blocks(_BLOCK_ROWS)]).sum(0) / len(features)
     variance = 0.0
     for block in features.blocks(_BLOCK_ROWS):
-        total += stack.errors(block).double().sum(0).cpu().numpy()
+        totals.append(torch.cat([stack.errors(block) for stack in stacks], dim=1).double().sum(0).cpu())
         variance += float((block.double() - mean).square().sum())
-    return [float(error) for error in total / len(features)], variance / len(features)
+    errors = sum(totals, torch.zeros_like(totals[0])) / len(features)
+    return errors.tolist(), variance / len(features)

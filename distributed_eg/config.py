@@ -67,7 +67,7 @@ class ClusterConfig:
     wherever it is shown."""
     scratch: str | os.PathLike[str] | None = None
     """Folder on each node for features while they are needed; made absolute here. None: the node's temporary folder."""
-    max_resident_experts: int = 4
+    max_resident_experts: int = 2
     """Experts that one process holds in memory at a time; the least recently used one goes first."""
     startup_timeout_s: float = 120
     """How long to wait for a cluster to answer; and, without any worker, for room that it has but that is taken."""

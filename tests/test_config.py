@@ -57,7 +57,7 @@ def test_defaults_are_the_paper_s_and_the_documented_ones() -> None:
     assert method.confidence_threshold is None
     assert (method.autoencoder.kind, method.autoencoder.latent_dim) == ("sgd", 100)
     cluster = ClusterConfig()
-    assert (cluster.engine, cluster.threads, cluster.max_resident_experts) == ("ray", 1, 4)
+    assert (cluster.engine, cluster.threads, cluster.max_resident_experts) == ("ray", 1, 2)
     assert cluster.storage is None
 
 

@@ -34,7 +34,7 @@ class ExpertReader:
     """Reads experts and gates of a run; the least recently used expert goes first.
 
     Args:
-        load: gives the tensors of a sealed file, or of whatever the ``source`` of the run's experts is.
+        load: gives the tensors of a sealed file, or of whatever an expert's ``source`` is; they are copied.
         root: the network that experts are copies of; never changed.
         head: name of its head.
         capacity: experts in memory at a time.
@@ -44,7 +44,7 @@ class ExpertReader:
     def __init__(
         self, load: LoadTensors, root: nn.Module, head: str, capacity: int, device: torch.device | str
     ) -> None:
-        self.load = load
+        self._load = load
         self._root, self._head = root, head
         self._capacity = capacity
         self._device = torch.device(device)
@@ -56,7 +56,7 @@ class ExpertReader:
 
     def to(self, device: torch.device, root: nn.Module) -> ExpertReader:
         """A reader of the same run for another device, with nothing in memory yet."""
-        return ExpertReader(self.load, root, self._head, self._capacity, device)
+        return ExpertReader(self._load, root, self._head, self._capacity, device)
 
     def expert(self, ref: ExpertRef) -> Expert:
         """The expert in eval mode; shared, so that callers that train must copy it.
@@ -67,7 +67,11 @@ class ExpertReader:
         if ref in self._experts:
             self._experts.move_to_end(ref)
             return self._experts[ref]
-        return self.keep(ref, self.load(ref.source))
+        return self.keep(ref, self._load(ref.source))
+
+    def copies(self, source: Any) -> dict[str, Tensor]:
+        """The tensors of a source, in memory of their own."""
+        return {name: tensor.clone() for name, tensor in self._load(source).items()}
 
     def release(self, but: ExpertRef | None = None) -> None:
         """Have no expert in memory any more, ``but`` that one."""
@@ -94,7 +98,7 @@ class ExpertReader:
     def autoencoder(self, kind: AutoencoderKind, artifact: Artifact) -> Autoencoder:
         """A sealed autoencoder; all of them stay in memory, as the gate asks every one for every sample."""
         if artifact not in self._autoencoders:
-            loaded = autoencoder_from_tensors(kind, self.load(artifact))
+            loaded = autoencoder_from_tensors(kind, self.copies(artifact))
             self._autoencoders[artifact] = loaded.to(self._device)
         return self._autoencoders[artifact]
 
@@ -112,7 +116,7 @@ class ExpertReader:
     def statistics(self, record: StatisticsRecord) -> Statistics:
         """The run's standardization statistics."""
         if record not in self._statistics:
-            tensors = self.load(record.artifact)
+            tensors = self.copies(record.artifact)
             loaded = Statistics(tensors["mean"], tensors["std"], record.num_samples)
             self._statistics[record] = loaded.to(self._device)
         return self._statistics[record]

@@ -54,10 +54,20 @@ def load_tensors(storage: Storage, artifact: Artifact) -> dict[str, Tensor]:
     Raises:
         StorageError: it is missing or damaged.
     """
+    return _load(storage, artifact, "pread")
+
+
+def map_tensors(storage: Storage, artifact: Artifact) -> dict[str, Tensor]:
+    """What ``load_tensors`` gives, for who copies it at once and lets go of it: a file of a local run directory is only
+    mapped, which takes a third of the time, and lies as it does in the file. A file that shrinks would end the process.
+    """
+    return _load(storage, artifact, "mmap")
+
+
+def _load(storage: Storage, artifact: Artifact, backend: str) -> dict[str, Tensor]:
     try:
         if storage.local_folder is None:
             return load(storage.read_artifact(artifact))
-        # Read straight into the tensors; not mapped, for a file that shrinks would then end the process.
-        return load_file(storage.verified_file(artifact), backend="pread")
+        return load_file(storage.verified_file(artifact), backend=backend)
     except SafetensorError as error:
         raise StorageError(f"The file {artifact.path!r} in {storage.shown!r} holds no tensors: {error}") from error

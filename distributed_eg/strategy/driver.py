@@ -31,7 +31,7 @@ from distributed_eg.store.records import TaskManifest
 from distributed_eg.store.reference import Reference
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
-from distributed_eg.store.weights import load_tensors
+from distributed_eg.store.weights import map_tensors
 from distributed_eg.strategy.avalanche_types import Template
 from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
@@ -336,7 +336,7 @@ class Driver:
         model = self._model
         if registry.manifests and registry.statistics is not None:
             if self._reader is None:
-                load = partial(load_tensors, storage)
+                load = partial(map_tensors, storage)
                 self._reader = ExpertReader(
                     load, model.expert, model.head, self.cluster.max_resident_experts, model.device
                 )

@@ -32,7 +32,7 @@ from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.store.weights import load_tensors
+from distributed_eg.store.weights import map_tensors
 from distributed_eg.strategy.predictions import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind, TaskId
@@ -189,7 +189,7 @@ class ExpertGate(nn.Module):
         for name, parameter in model.expert.named_parameters():
             parameter.requires_grad_(name not in backbone.get("frozen", ()))
         try:
-            model.expert.load_state_dict(load_tensors(storage, Artifact(**backbone["root"])))
+            model.expert.load_state_dict(map_tensors(storage, Artifact(**backbone["root"])))
         except RuntimeError as error:
             which = "The network given"
             if arch is None:
@@ -201,7 +201,7 @@ class ExpertGate(nn.Module):
         if not registry.manifests:
             raise StorageError(f"The run {storage.shown!r} holds no finished task yet.")
         reader = ExpertReader(
-            partial(load_tensors, storage), model.expert, model.head, max_resident_experts, model.device
+            partial(map_tensors, storage), model.expert, model.head, max_resident_experts, model.device
         )
         gate = reader.gate(registry.gate_ref(method))
         model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"], notes_of(registry)))

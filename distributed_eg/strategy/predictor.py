@@ -92,7 +92,7 @@ class Predictor:
             found |= {f"autoencoders.{task}.{name}": value for name, value in autoencoder.tensors().items()}
             ref = self.experts[task]
             found[f"classes.{task}"] = torch.tensor(ref.classes)
-            found |= {f"experts.{task}.{name}": value for name, value in self.reader.load(ref.source).items()}
+            found |= {f"experts.{task}.{name}": value for name, value in self.reader.copies(ref.source).items()}
         return {_PREFIX + name: value for name, value in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.reference import save_statistics
 from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact, Storage
-from distributed_eg.store.weights import load_tensors, save_tensors
+from distributed_eg.store.weights import map_tensors, save_tensors
 from distributed_eg.types import AutoencoderKind
 
 WIDTH = 6
@@ -84,7 +85,7 @@ def count_loads(reader: ExpertReader, refs: Sequence[ExpertRef]) -> int:
 def test_an_expert_answers_as_the_one_that_was_sealed(storage: Storage) -> None:
     """Other head sizes than the root's, in eval mode, bit for bit."""
     images = torch.randn(5, WIDTH)
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 2, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 2, "cpu")
     for task, classes in enumerate([(3, 8), (0, 1, 2, 4, 5, 6, 7), (9,)]):
         ref, sealed = seal_expert(storage, task, classes)
         read = reader.expert(ref)
@@ -99,7 +100,7 @@ def test_reading_leaves_the_root_and_the_generator_alone(storage: Storage) -> No
     before = {name: tensor.clone() for name, tensor in root.state_dict().items()}
     ref, _ = seal_expert(storage, 0, (0, 1))
     state = torch.get_rng_state()
-    ExpertReader(partial(load_tensors, storage), root, HEAD, 1, "cpu").expert(ref)
+    ExpertReader(partial(map_tensors, storage), root, HEAD, 1, "cpu").expert(ref)
     assert torch.equal(torch.get_rng_state(), state)
     assert root.training
     assert all(parameter.requires_grad for parameter in root.parameters())
@@ -109,7 +110,7 @@ def test_reading_leaves_the_root_and_the_generator_alone(storage: Storage) -> No
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_at_most_capacity_experts_stay_in_memory(storage: Storage, capacity: int) -> None:
     refs = [seal_expert(storage, task, (0, 1))[0] for task in range(4)]
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, capacity, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, capacity, "cpu")
     assert count_loads(reader, refs) == 4
     assert count_loads(reader, refs[-capacity:]) == 0, "the newest are there"
     assert count_loads(reader, refs[: 4 - capacity]) == 4 - capacity, "the others are read again"
@@ -117,7 +118,7 @@ def test_at_most_capacity_experts_stay_in_memory(storage: Storage, capacity: int
 
 def test_the_least_recently_used_expert_goes_first(storage: Storage) -> None:
     a, b, c, d = (seal_expert(storage, task, (0, 1))[0] for task in range(4))
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 3, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 3, "cpu")
     assert count_loads(reader, [a, b, c, a, d]) == 4
     assert count_loads(reader, [a, c, d]) == 0, "a was used after b"
     assert count_loads(reader, [b]) == 1
@@ -127,18 +128,28 @@ def test_the_least_recently_used_expert_goes_first(storage: Storage) -> None:
 
 def test_an_expert_that_was_evicted_comes_back_the_same(storage: Storage) -> None:
     a, b = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 1, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 1, "cpu")
     images = torch.randn(3, WIDTH)
     first = reader.expert(a).network(images)
     reader.expert(b)
     assert torch.equal(reader.expert(a).network(images), first)
 
 
+def test_what_is_read_is_no_part_of_the_file(storage: Storage) -> None:
+    """Files are mapped while they are copied: nothing that stays may change with them, nor change them."""
+    ref, sealed = seal_expert(storage, 0, (0, 1))
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 1, "cpu")
+    read, copies = reader.expert(ref).network, reader.copies(ref.source)
+    os.truncate(f"{storage.local_folder}/{ref.source.path}", 0)
+    for found in (read.state_dict(), copies):
+        assert all(torch.equal(found[name], value) for name, value in sealed.state_dict().items())
+
+
 def test_experts_with_equal_weights_keep_their_own_classes(storage: Storage) -> None:
     """Two tasks may end with the same bytes; what their outputs stand for is still each task's own."""
     ref, _ = seal_expert(storage, 0, (0, 1))
     twin = ExpertRef(ref.source, (6, 7))
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 2, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 2, "cpu")
     assert reader.expert(ref).classes == (0, 1)
     assert reader.expert(twin).classes == (6, 7)
 
@@ -163,14 +174,14 @@ def test_experts_in_memory_are_read_by_their_task_s_number() -> None:
 def test_an_expert_of_another_architecture_is_named(storage: Storage, root: nn.Module, classes: tuple[int]) -> None:
     ref, _ = seal_expert(storage, 0, (0, 1))
     with pytest.raises(StorageError, match="does not fit this run's backbone") as caught:
-        ExpertReader(partial(load_tensors, storage), root, HEAD, 1, "cpu").expert(ExpertRef(ref.source, classes))
+        ExpertReader(partial(map_tensors, storage), root, HEAD, 1, "cpu").expert(ExpertRef(ref.source, classes))
     assert path_of(ref) in str(caught.value)
 
 
 def test_a_damaged_expert_is_named_and_the_reader_goes_on(storage: Storage, tmp_path: Path) -> None:
     good, bad = (seal_expert(storage, task, (0, 1))[0] for task in range(2))
     (tmp_path / "run" / path_of(bad)).write_bytes(b"")
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 1, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 1, "cpu")
     with pytest.raises(StorageError, match="damaged") as caught:
         reader.expert(bad)
     assert path_of(bad) in str(caught.value)
@@ -187,7 +198,7 @@ def test_the_gate_is_the_one_that_was_built_by_hand(
     refs = tuple((task, save_tensors(storage, f"tasks/{task}/a", a.tensors())) for task, a in made.items())
     record = StatisticsRecord(save_statistics(storage, statistics()), 77)
     ref = GateRef(kind, record, refs, 0.7, threshold)
-    read = ExpertReader(partial(load_tensors, Storage(storage.uri)), network(), HEAD, 1, "cpu").gate(ref)
+    read = ExpertReader(partial(map_tensors, Storage(storage.uri)), network(), HEAD, 1, "cpu").gate(ref)
     by_hand = make_gate(made, statistics(), 0.7, threshold)
     assert read.tasks == by_hand.tasks == (0, 3, 7)
     features = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
@@ -202,7 +213,7 @@ def test_the_gate_is_the_one_that_was_built_by_hand(
 def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
     artifact = save_tensors(storage, "tasks/0/a", autoencoder("linear", 0).tensors())
     ref = GateRef("linear", StatisticsRecord(save_statistics(storage, statistics()), 77), ((0, artifact),), 2.0, None)
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 1, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 1, "cpu")
     with mock.patch.object(Storage, "verified_file", autospec=True, side_effect=Storage.verified_file) as loads:
         reader.gate(ref)
         reader.gate(ref)
@@ -212,7 +223,7 @@ def test_statistics_and_autoencoders_are_read_once(storage: Storage) -> None:
 
 def test_what_a_stage_trained_is_read_from_memory_and_is_let_go_of(storage: Storage) -> None:
     (a, trained), (b, _) = (seal_expert(storage, task, (0, 1)) for task in range(2))
-    reader = ExpertReader(partial(load_tensors, storage), network(), HEAD, 2, "cpu")
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 2, "cpu")
     images = torch.randn(3, WIDTH)
     kept = reader.keep(a, trained.state_dict())
     assert count_loads(reader, [a]) == 0

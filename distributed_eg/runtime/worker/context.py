@@ -26,7 +26,7 @@ from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.storage import Storage
-from distributed_eg.store.weights import load_tensors
+from distributed_eg.store.weights import map_tensors
 from distributed_eg.types import derive_seed
 
 
@@ -49,7 +49,7 @@ class WorkerContext:
         self.backbone = Backbone(self.load_root(), setup.feature_layer, setup.shape).to(device)
         self.backbone.drop_unused()
         self.reader = ExpertReader(
-            partial(load_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
+            partial(map_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
         )
         self._known: tuple[Shipped, GateAndExperts] | None = None
         self.scratch = setup.scratch_folder
@@ -65,7 +65,7 @@ class WorkerContext:
         """
         network, artifact = blank(self.root), self.setup.root_weights
         try:
-            network.load_state_dict(load_tensors(self.storage, artifact))
+            network.load_state_dict(map_tensors(self.storage, artifact))
         except RuntimeError as error:
             raise StorageError(f"The root {artifact.path!r} does not fit this run's backbone: {error}") from error
         return network

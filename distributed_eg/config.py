@@ -58,7 +58,8 @@ class ClusterConfig:
     that join later bring more."""
     cpus_per_worker: float = 1
     gpus_per_worker: float | None = None
-    """GPUs (fractions allowed) that each worker holds. None: 1 where the cluster has GPUs, else 0."""
+    """The GPU that each worker holds, or its part of one: 0.5 lets two workers share a card. None: 1 where the cluster
+    has GPUs and ``device`` does not say otherwise, else 0."""
     threads: int = 1
     """Torch threads of every stage, the same in every engine: another number gives other bytes."""
     storage: str | os.PathLike[str] | None = None
@@ -115,10 +116,10 @@ class ClusterConfig:
                     f"ClusterConfig(engine='inline') runs in this process and reads no {', '.join(said)}: leave it out."
                 )
         shares = (self.cpus_per_worker, self.gpus_per_worker or 0)
-        if any(0 < share < _LEAST_SHARE for share in shares) or (shares[1] > 1 and shares[1] % 1):
+        if any(0 < share < _LEAST_SHARE for share in shares) or shares[1] > 1:
             raise InputError(
                 f"ClusterConfig has cpus_per_worker={shares[0]} and gpus_per_worker={shares[1]}; Ray gives no shares "
-                f"below {_LEAST_SHARE}, and more than one GPU as whole ones only."
+                f"below {_LEAST_SHARE}, and a worker computes on one GPU, or on a part of one."
             )
         if self.resume and self.storage is None:
             raise InputError(f"ClusterConfig(resume={self.resume!r}) needs storage=…, the run directory to go on with.")

@@ -56,12 +56,20 @@ def task_images(domain: int, count: int, seed: int, num_classes: int = 2) -> tup
 
 
 def tiny_benchmark(
-    domains: Sequence[int] = (0, 1, 2), *, train: int = 60, test: int = 24, labels: bool = True, offset: bool = True
+    domains: Sequence[int] = (0, 1, 2),
+    *,
+    train: int = 60,
+    test: int = 24,
+    labels: bool = True,
+    offset: bool = True,
+    side: int = SHAPE[1],
 ) -> CLScenario:
-    """A benchmark with one task a domain, two classes each; dataset class ids are 2·task and 2·task + 1."""
+    """A benchmark with one task a domain, two classes each; dataset class ids are 2·task and 2·task + 1. Images are
+    ``side`` pixels wide and high."""
 
     def dataset(task: int, domain: int, count: int, seed: int) -> Any:
         images, targets = task_images(domain, count, seed)
+        images = images if side == SHAPE[1] else torch.nn.functional.interpolate(images, size=(side, side))
         targets = targets + (2 * task if offset else 0)
         leaf = TensorDataset(images, targets)
         leaf.targets = targets.tolist()  # type: ignore[attr-defined]

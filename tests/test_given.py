@@ -106,7 +106,9 @@ def test_nothing_infinite_but_where_that_means_something(cls: Any, name: str) ->
         refused(lambda: cls(**{name: 10**400}), name)
 
 
-@pytest.mark.parametrize("options", [{"gpus_per_worker": 1.5}, {"cpus_per_worker": 1e-5}, {"gpus_per_worker": 1e-5}])
+@pytest.mark.parametrize(
+    "options", [{"gpus_per_worker": 1.5}, {"gpus_per_worker": 2}, {"cpus_per_worker": 1e-5}, {"gpus_per_worker": 1e-5}]
+)
 def test_shares_that_ray_does_not_give(options: dict[str, float]) -> None:
     refused(lambda: ClusterConfig(**options), *options)  # type: ignore[arg-type]
 

@@ -303,15 +303,23 @@ def torch_device(device: object) -> torch.device | None:
     """A device by its name or number; None stays None.
 
     Raises:
-        InputError: torch knows no such device.
+        InputError: torch knows no such device, or it is of a kind that the method does not run on.
     """
-    if device is None or isinstance(device, torch.device):
-        return device
+    if device is None:
+        return None
     try:
-        return torch.device(device if isinstance(device, str) else given.whole(device, "device", least=0))
+        found = torch.device(
+            device if isinstance(device, str | torch.device) else given.whole(device, "device", least=0)
+        )
     except (RuntimeError, InputError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise InputError(f"device is {given.shown(device)}, which torch does not know: {first_line}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"device is {str(found)!r}; the method runs on 'cpu' and on 'cuda' (NVIDIA's cards; AMD's by a torch "
+            "for ROCm): others lack float64 or deterministic kernels."
+        )
+    return found
 
 
 def image_shape(shape: object) -> tuple[int, int, int]:

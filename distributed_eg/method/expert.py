@@ -13,13 +13,14 @@ from distributed_eg.method.head import input_dtype, new_head, set_head
 
 
 def derive_expert(parent: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
-    """A copy of ``parent`` on the CPU with a fresh head for ``num_classes``, all of it trainable (section 3.3 of the
-    paper); ``head`` as ``find_head`` gives it."""
-    return _with_head(copy.deepcopy(parent).cpu(), head, num_classes, seed)
+    """A copy of ``parent``, where that is, with a fresh head for ``num_classes``, all of it trainable (section 3.3 of
+    the paper); ``head`` as ``find_head`` gives it."""
+    return _with_head(copy.deepcopy(parent), head, num_classes, seed)
 
 
 def blank_expert(root: nn.Module, head: str, num_classes: int) -> nn.Module:
-    """A network on the CPU as ``derive_expert`` gives, in memory that nobody has written: for weights to be loaded."""
+    """A network as ``derive_expert`` gives, but on the CPU and in memory that nobody has written: for weights to be
+    loaded."""
     return _with_head(blank(root), head, num_classes, seed=0)
 
 
@@ -34,8 +35,10 @@ def blank(network: nn.Module) -> nn.Module:
 
 def _with_head(expert: nn.Module, head: str, num_classes: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # of the CPU, where it is made; others are left alone
-        set_head(expert, head, new_head(expert.get_submodule(head), num_classes))
+        torch.default_generator.manual_seed(seed)  # of the CPU, where it is drawn; others are left alone
+        old = expert.get_submodule(head)
+        device = next(old.parameters()).device
+        set_head(expert, head, new_head(old.cpu(), num_classes).to(device))
     return expert.requires_grad_(True)
 
 
@@ -49,7 +52,7 @@ def continue_expert(
     rows = [list(classes).index(c) for c in classes_before]
     with torch.no_grad():
         for name, value in expert.get_submodule(head).named_parameters(recurse=False):
-            earlier = old.get_parameter(name).cpu()
+            earlier = old.get_parameter(name).to(value.device)
             # What has no row a class is one for all of them, such as a scale.
             value[rows if len(earlier) == len(rows) else ...] = earlier
     return expert

@@ -32,7 +32,10 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class Gate:
-    """All autoencoders of a run, with the statistics that make their errors comparable (section 3.2 of the paper)."""
+    """All autoencoders of a run, with the statistics that make their errors comparable (section 3.2 of the paper).
+
+    It routes where its statistics are; the autoencoders may lie elsewhere, such as on the CPU.
+    """
 
     tasks: tuple[TaskId, ...]
     autoencoders: tuple[Autoencoder, ...]
@@ -46,7 +49,8 @@ class Gate:
 
     @cached_property
     def _stack(self) -> AutoencoderStack:
-        return stack_autoencoders(self.autoencoders)
+        device = self.statistics.mean.device
+        return stack_autoencoders([autoencoder.to(device) for autoencoder in self.autoencoders])
 
     def route(self, features: Tensor) -> Routing:
         """Route each of ``features`` (n, num_features), raw as the backbone gives them, by itself."""

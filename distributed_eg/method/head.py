@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,11 @@ def set_head(network: nn.Module, name: str, head: nn.Module) -> None:
     setattr(network.get_submodule(parent), attribute, head)
 
 
+def own_draws(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside, on the CPU or on ``device``, changes nothing outside."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 @contextmanager
 def trial(network: nn.Module, shape: tuple[int, int, int]) -> Iterator[Tensor]:
     """A black image for the network in eval mode; afterwards every module has the mode that it had."""
@@ -141,7 +146,7 @@ def require_copies(network: nn.Module, shape: tuple[int, int, int]) -> None:
         ) from error
     images = torch.zeros(2, *shape, device=next(network.parameters()).device, dtype=input_dtype(network))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with own_draws(images.device):
             _num_classes(network, expert(images))
     except BackboneError:
         raise
@@ -178,7 +183,7 @@ def _is_head(module: nn.Module) -> bool:
 def _answers_for_others(network: nn.Module, head: nn.Module, shape: tuple[int, int, int], num_classes: int) -> bool:
     """Whether the network has another number of outputs with a fresh head of that many in the place of ``head``."""
     other = 3 if num_classes == 2 else 2
-    with torch.random.fork_rng(devices=[]):
+    with own_draws(head.get_parameter("weight").device):
         fresh = new_head(head, other).eval()
     handle = head.register_forward_hook(lambda _module, inputs, _output: fresh(*inputs))
     try:

@@ -18,6 +18,8 @@ _GROUP_BYTES = 256 * 2**20
 _BLOCK_ROWS = 256
 _MOMENTUM = 0.9
 _WEIGHT_DECAY = 5e-4
+_READ_EVERY = 256
+"""Batches after which their losses are looked at: each reading waits for a card."""
 
 
 class FeatureRows(Protocol):
@@ -75,6 +77,7 @@ def fit_sgd(
     tensors = [tensor.to(device) for tensor in _initial(config, mean, length, generator, start)]
     encoder_weight, encoder_bias, decoder_weight, decoder_bias = (tensor.requires_grad_() for tensor in tensors)
     optimizer = _optimizer(config, tensors)
+    losses: list[Tensor] = []
     for epoch in range(config.epochs):
         order = torch.randperm(len(features), generator=generator).tolist()
         for first in range(0, len(order), config.batch_size):
@@ -82,17 +85,13 @@ def fit_sgd(
             hidden = F.relu(F.linear((target - mean) / length, encoder_weight, encoder_bias))
             logits = F.linear(hidden, decoder_weight, decoder_bias)
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(target)
-            if not math.isfinite(loss.item()):
-                advice = "try a smaller ae_lr" + (" or ae_optimizer='adam'" if config.optimizer != "adam" else "")
-                if epoch == first == 0:
-                    advice = "no step was taken yet, so look for extreme values in the images, or in the backbone"
-                raise DivergedError(
-                    f"The autoencoder's loss is {loss.item()} in epoch {epoch}, batch {first // config.batch_size}, at "
-                    f"ae_lr={config.lr} ({config.optimizer}); {advice}."
-                )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+            losses.append(loss.detach())
+            if len(losses) == _READ_EVERY or first + config.batch_size >= len(order):
+                _require_finite(losses, config, epoch, 1 + first // config.batch_size - len(losses))
+                losses.clear()
     weight = encoder_weight.detach() / length
     bias = encoder_bias.detach() - weight @ mean
     return SgdAutoencoder(weight, bias, decoder_weight.detach(), decoder_bias.detach())
@@ -118,6 +117,19 @@ class SgdStack:
         hidden = torch.baddbmm(self._encoder_bias[group], batch, self._encoder[group]).relu_()
         logits = torch.baddbmm(self._decoder_bias[group], hidden, self._decoder[group])
         return logits.sigmoid_().sub_(batch).square_().sum(2)
+
+
+def _require_finite(losses: list[Tensor], config: AutoencoderConfig, epoch: int, batch: int) -> None:
+    """See that no loss diverged; the first is of ``batch``."""
+    for i, loss in enumerate(torch.stack(losses).tolist(), batch):
+        if not math.isfinite(loss):
+            advice = "try a smaller ae_lr" + (" or ae_optimizer='adam'" if config.optimizer != "adam" else "")
+            if epoch == i == 0:
+                advice = "no step was taken yet, so look for extreme values in the images, or in the backbone"
+            raise DivergedError(
+                f"The autoencoder's loss is {loss} in epoch {epoch}, batch {i}, at ae_lr={config.lr} "
+                f"({config.optimizer}); {advice}."
+            )
 
 
 def _centre(features: FeatureRows) -> tuple[Tensor, float]:

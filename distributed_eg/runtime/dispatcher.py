@@ -13,7 +13,7 @@ from distributed_eg.runtime.messages import Done, ExpertResult, Observer, Progre
 from distributed_eg.runtime.resuming import take_up
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.runtime.signals import raise_if_told
-from distributed_eg.schedule.events import Stage, TaskArrived, WorkerLost
+from distributed_eg.schedule.events import Stage, TaskArrived, WorkerJoined, WorkerLost
 from distributed_eg.schedule.instructions import ReportFailure, RunStage
 from distributed_eg.schedule.loop import Loop
 from distributed_eg.schedule.machine import Machine
@@ -58,6 +58,8 @@ class Dispatcher:
         self._tasks: dict[TaskId, TaskInput] = {}
         self._workers_of: dict[TaskId, set[str]] = {}
         self._timings: dict[TaskId, list[StageTiming]] = {}
+        self._devices: dict[str, str] = {}
+        """What each worker computes on."""
         self._relatedness: dict[TaskId, Artifact] = {}
         self._logs: dict[TaskId, Any] = {}
         self._failures: dict[TaskId, ReportFailure] = {}
@@ -72,7 +74,7 @@ class Dispatcher:
         """
         loop: Loop[Done] = Loop(machine, self)
         for worker in self.engine.workers():
-            loop.tell(worker)
+            self._take(worker, loop)
         while not machine.done:
             raise_if_told()
             for report in self.engine.wait():
@@ -86,6 +88,8 @@ class Dispatcher:
 
     def _take(self, report: Report, loop: Loop[Done]) -> None:
         if not isinstance(report, Ended):
+            if isinstance(report, WorkerJoined):
+                self._join(report)
             if isinstance(report, WorkerLost):
                 for run in [run for run in loop.runs.values() if run.worker == report.worker]:
                     self._tell(run.task, run.stage, "failed", run.worker)
@@ -99,6 +103,14 @@ class Dispatcher:
                 loop.failed(run.attempt, cause, outcome.message, error=error, details=details)
             else:
                 loop.finished(run.attempt, outcome)
+
+    def _join(self, worker: WorkerJoined) -> None:
+        """Note what a worker computes on; warn, once, where the run was begun on something else."""
+        known = {stage.device for of_task in self.recorded.timings.values() for stage in of_task.stages} - {""}
+        if known and worker.device not in known | {*self._devices.values()}:
+            says = "The run was begun on %s and goes on with %s, which may give other bytes."
+            logger.warning(says, " and ".join(sorted(known)), worker.device)
+        self._devices[worker.worker] = worker.device
 
     # What the loop asks for
 
@@ -120,7 +132,7 @@ class Dispatcher:
     def record(self, run: RunStage, result: Done) -> TaskId | None:
         """Seal what a stage left."""
         task, left = run.task, result.result
-        self._timings[task].append(StageTiming(run.stage.value, run.worker, result.seconds))
+        self._timings[task].append(StageTiming(run.stage.value, run.worker, result.seconds, self._devices[run.worker]))
         if isinstance(left, ExpertResult):
             self._seal(task, left)
         elif isinstance(left, Record):

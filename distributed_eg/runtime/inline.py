@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from distributed_eg.errors import WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
-from distributed_eg.runtime.messages import Request, WorkerSetup
+from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.runtime.worker.worker import TaskWorker
-from distributed_eg.schedule.events import WorkerJoined
+from distributed_eg.runtime.worker.worker import TaskWorker, told_of
+from distributed_eg.schedule.events import Cause, WorkerJoined
 
 _WORKER = "inline"
 _NODE = "here"
@@ -42,23 +43,34 @@ class InlineEngine:
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
         """Make this process a worker."""
         if self._worker is None:
-            cuda = "cuda" if torch.cuda.is_available() else "cpu"
-            self._worker = TaskWorker(setup, lambda data: data, torch.device(setup.device or cuda))
-            self._reports.append(WorkerJoined(_WORKER, _NODE))
+            device = torch.device(setup.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self._worker = TaskWorker(setup, lambda data: data, device)
+            self._joined = WorkerJoined(_WORKER, _NODE, told_of(device))
+            self._reports.append(self._joined)
 
     def workers(self) -> list[WorkerJoined]:
         """This process, once it is a worker."""
-        return [] if self._worker is None else [WorkerJoined(_WORKER, _NODE)]
+        return [] if self._worker is None else [self._joined]
 
     def submit(self, call: int | None, worker: str, request: Request) -> None:
         """Queue a call; ``wait`` carries it out."""
         self._calls.append((call, request))
 
     def wait(self) -> list[Report]:
-        """Carry out the oldest call."""
+        """Carry out the oldest call.
+
+        Raises:
+            WorkerLostError: the accelerator failed, with which a process cannot go on.
+        """
         if self._calls and self._worker is not None:
             call, request = self._calls.popleft()
-            self._reports.append(Ended(call, _WORKER, self._worker.run(request)))
+            outcome = self._worker.run(request)
+            if isinstance(outcome, Raised) and outcome.cause is Cause.ACCELERATOR:
+                raise WorkerLostError(
+                    f"The accelerator failed, and nothing more can be computed in this process: {outcome.message}. "
+                    "What is sealed is kept: where the run has a storage, a new process resumes it."
+                )
+            self._reports.append(Ended(call, _WORKER, outcome))
         reports = list(self._reports)
         self._reports.clear()
         return reports

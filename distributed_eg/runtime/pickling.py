@@ -11,6 +11,7 @@ from types import CellType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import cloudpickle
+from torch import Tensor
 
 from distributed_eg.errors import ExpertGateError, InputError, told
 
@@ -21,14 +22,17 @@ _SEND_MODULES = (
     "send it along, by ray.init(runtime_env={'py_modules': [...]} or {'working_dir': ...}) before training, or by "
     "cloudpickle.register_pickle_by_value(module)."
 )
+_TRAVEL = ("cpu", "meta")
+"""Devices that every process has."""
 _LONGEST = 10
 """So many steps to what cannot be pickled are named; of more, the first and the last."""
 
 
 class Pickler(cloudpickle.Pickler):
-    """cloudpickle's, which also takes modules that are no plain ones, such as ``torch.ops``, by their names.
+    """cloudpickle's, with tensors moved to the CPU, for who unpickles them may have no accelerator, or fewer.
 
-    It finds them by itself: to it, every attribute name in a function's code may be a submodule of what is imported.
+    It also takes modules that are no plain ones, such as ``torch.ops``, by their names: cloudpickle finds them by
+    itself, as to it every attribute name in a function's code may be a submodule of what is imported.
     """
 
     def __init__(self, buffer: io.BytesIO) -> None:
@@ -40,6 +44,8 @@ class Pickler(cloudpickle.Pickler):
             return pkgutil.resolve_name, (obj.__name__,)
         if obj is sys.stdout or obj is sys.stderr:  # a notebook has its own, of classes that cloudpickle does not know
             return getattr, (sys, "stdout" if obj is sys.stdout else "stderr")
+        if type(obj) is Tensor and obj.device.type not in _TRAVEL:  # parameters are pickled as such ones
+            return obj.detach().cpu().requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return super().reducer_override(obj)
 
 

@@ -28,6 +28,8 @@ class Cause(str, Enum):
     STORAGE = "storage"
     """The run directory or the scratch folder did not take what the stage wrote: every task would fail by it."""
     OUT_OF_MEMORY = "out of memory"
+    ACCELERATOR = "accelerator failed"
+    """The worker's GPU, or its driver, reported an error after which nothing more can be computed in that process."""
     WORKER_LOST = "worker lost"
     """The worker's process died, perhaps by the stage's own doing."""
     NODE_LOST = "node lost"
@@ -38,10 +40,11 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker is ready and idle; ``node`` is where its scratch folder lies."""
+    """A worker is ready and idle; ``node`` is where its scratch folder lies, ``device`` tells its kind of processor."""
 
     worker: str
     node: str
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ RETRIES: Mapping[Cause, int] = {
     Cause.RAISED: 0,
     Cause.STORAGE: 1,
     Cause.OUT_OF_MEMORY: 1,
+    Cause.ACCELERATOR: 3,
     Cause.WORKER_LOST: 3,
     Cause.NODE_LOST: 50,
     Cause.OVERDUE: 1,

@@ -100,8 +100,8 @@ def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A tree of plain values, tensors and arrays as JSON and tensors; ``decode`` gives back the same, bit for bit.
 
     Trees are made of dicts with int or str keys (their order is kept), OrderedDicts, Counters, lists, tuples, None,
-    bool, int, float, str, numpy arrays and scalars, and dense tensors (detached; on a device of the same type when they
-    come back). Parameters are refused: what trains one would not train the tensor that came back.
+    bool, int, float, str, numpy arrays and scalars, and dense tensors (detached). Parameters are refused: what trains
+    one would not train the tensor that came back.
 
     Raises:
         TypeError: there is anything else; the message says where.
@@ -110,14 +110,14 @@ def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
     return _encode(value, tensors, ""), tensors
 
 
-def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """What ``encode`` was given.
+def decode(value: Any, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> Any:
+    """What ``encode`` was given; what was on a device of that type is on ``device``.
 
     Raises:
         DamagedFileError: that did not come from ``encode``.
     """
     try:
-        return _decode(value, tensors)
+        return _decode(value, tensors, torch.device(device))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DamagedFileError(f"The values of a checkpoint are damaged: {error!r}.") from error
 
@@ -147,9 +147,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     raise TypeError(f"a {kind.__module__}.{kind.__qualname__} at {path or 'the root'} cannot be stored in a checkpoint")
 
 
-def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
     if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
+        return [_decode(item, tensors, device) for item in value]
     if not isinstance(value, dict):
         return value
     if name := value.get("array") or value.get("scalar"):
@@ -157,13 +157,14 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         array = np.frombuffer(data, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
         return array if "array" in value else array[()]
     if "tensor" in value:
-        return tensors[value["tensor"]].to(value.get("device", "cpu"))
+        kind = value.get("device", "cpu")
+        return tensors[value["tensor"]].to(device if device.type == kind else kind)
     ((kind, content),) = value.items()
     if kind == "float":
         return float(content)
     if kind == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    return _DICTS[kind]({key: _decode(item, tensors) for key, item in content})
+        return tuple(_decode(item, tensors, device) for item in content)
+    return _DICTS[kind]({key: _decode(item, tensors, device) for key, item in content})
 
 
 def _delete_weights(storage: Storage, task: TaskId, but: str = "") -> None:

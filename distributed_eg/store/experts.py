@@ -47,7 +47,7 @@ class ExpertReader:
         self._load = load
         self._root, self._head = root, head
         self._capacity = capacity
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._experts: OrderedDict[ExpertRef, Expert] = OrderedDict()
         self._autoencoders: dict[Artifact, Autoencoder] = {}
         self._groups: dict[tuple[Artifact, ...], AutoencoderStack] = {}
@@ -91,15 +91,14 @@ class ExpertReader:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise StorageError(f"The expert {ref.source} does not fit this run's backbone: {error}") from error
-        expert = Expert(network.to(self._device).eval().requires_grad_(False), ref.classes)
+        expert = Expert(network.to(self.device).eval().requires_grad_(False), ref.classes)
         self._experts[ref] = expert
         return expert
 
     def autoencoder(self, kind: AutoencoderKind, artifact: Artifact) -> Autoencoder:
-        """A sealed autoencoder; all of them stay in memory, as the gate asks every one for every sample."""
+        """A sealed autoencoder, on the CPU; all of them stay in memory, as the gate asks every one for every sample."""
         if artifact not in self._autoencoders:
-            loaded = autoencoder_from_tensors(kind, self.copies(artifact))
-            self._autoencoders[artifact] = loaded.to(self._device)
+            self._autoencoders[artifact] = autoencoder_from_tensors(kind, self.copies(artifact))
         return self._autoencoders[artifact]
 
     def stacks(self, kind: AutoencoderKind, artifacts: Sequence[Artifact]) -> list[AutoencoderStack]:
@@ -107,7 +106,9 @@ class ExpertReader:
         groups = [tuple(artifacts[i : i + _GROUP]) for i in range(0, len(artifacts), _GROUP)]
         stacks: list[AutoencoderStack] = []
         for group in groups:
-            stack = self._groups.get(group) or stack_autoencoders([self.autoencoder(kind, a) for a in group])
+            stack = self._groups.get(group)
+            if stack is None:
+                stack = stack_autoencoders([self.autoencoder(kind, a).to(self.device) for a in group])
             if len(group) == _GROUP:
                 self._groups[group] = stack
             stacks.append(stack)
@@ -118,7 +119,7 @@ class ExpertReader:
         if record not in self._statistics:
             tensors = self.copies(record.artifact)
             loaded = Statistics(tensors["mean"], tensors["std"], record.num_samples)
-            self._statistics[record] = loaded.to(self._device)
+            self._statistics[record] = loaded.to(self.device)
         return self._statistics[record]
 
     def gate(self, ref: GateRef) -> Gate:

@@ -35,7 +35,9 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sink = opened.enter_context(pa.OSFile(str(partial), "wb"))
-            for batch in batches:  # what this raises is no fault of the scratch folder, even if it is an OSError
+            for batch in _one_ahead(
+                batches
+            ):  # what this raises is no fault of the scratch folder, even if it is an OSError
                 values = batch.cpu().numpy()
                 array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
                 record = pa.record_batch([array], names=["features"])
@@ -55,6 +57,24 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
     if rows == 0:
         raise InputError("There are no images to take features of: a training or validation part is empty.")
     return rows
+
+
+def _one_ahead(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same batches, each given when the next one has been begun: a card works while the CPU reads and writes."""
+    before: Tensor | None = None
+    for batch in batches:
+        if before is not None:
+            yield before
+        before = batch
+    if before is not None:
+        yield before
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; a card takes it from the CPU while that goes on."""
+    if tensor.device.type != "cpu" or torch.device(device).type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -96,5 +116,5 @@ class FeatureFile:
             yield self.rows(range(first, min(first + size, len(self))))
 
     def _prepare(self, values: np.ndarray) -> Tensor:
-        features = torch.from_numpy(values).to(self._device)
+        features = on_device(torch.from_numpy(values), self._device)
         return features if self._statistics is None else standardize(features, self._statistics)

@@ -170,6 +170,8 @@ class StageTiming:
     stage: str
     worker: str
     seconds: float
+    device: str = ""
+    """The kind of processor that it computed on; empty in runs of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)

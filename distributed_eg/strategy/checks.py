@@ -6,6 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from distributed_eg import given
-from distributed_eg.config import AutoencoderConfig
+from distributed_eg.config import AutoencoderConfig, ClusterConfig
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.model import ExpertGate
 
@@ -105,7 +106,26 @@ def check_optimizer(optimizer: Optimizer, model: ExpertGate) -> None:
         )
 
 
-def driver_device(device: torch.device | str | None) -> torch.device | str:
-    """What the driver's own copy of the model is on: a GPU that only workers have is none here."""
-    wants_cuda = device is not None and str(device).startswith("cuda")
-    return "cpu" if device is None or (wants_cuda and not torch.cuda.is_available()) else device
+def driver_device(device: torch.device | None, of_model: torch.device) -> torch.device:
+    """What the driver's own copy of the model is on: where it is; a GPU that only workers have is none here."""
+    return of_model if device is None or (device.type == "cuda" and not torch.cuda.is_available()) else device
+
+
+def placed(cluster: ClusterConfig, device: torch.device | None) -> ClusterConfig:
+    """The cluster with the GPUs that a worker needs on ``device``.
+
+    Raises:
+        InputError: they contradict each other, or there is no such device in this process, which is to be the worker.
+    """
+    if device is None:
+        return cluster
+    if cluster.engine == "inline":
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device={str(device)!r} was asked for, but torch {torch.__version__} finds no GPU here.")
+        return cluster
+    gpus = cluster.gpus_per_worker
+    if gpus is not None and (gpus > 0) != (device.type == "cuda"):
+        raise InputError(
+            f"device={str(device)!r} and ClusterConfig(gpus_per_worker={gpus:g}) contradict each other: leave one out."
+        )
+    return replace(cluster, gpus_per_worker=(1.0 if device.type == "cuda" else 0.0) if gpus is None else gpus)

@@ -197,9 +197,7 @@ class Driver:
                 raise self._gone()
             model, cluster = self._model, self.cluster
             root = Root(model.expert, model.head, model.output_layer_name, model.shape, model.describe())
-            by_ray = cluster.engine == "ray" and (self.device is None or self.device.startswith("cuda"))
-            device = None if by_ray else self.device
-            run = Run.open(cluster, self.method, root, settings, device, self.observer)
+            run = Run.open(cluster, self.method, root, settings, self.device, self.observer)
             if cluster.storage is None:
                 weakref.finalize(model, shutil.rmtree, run.storage.uri, ignore_errors=True)
             try:
@@ -335,7 +333,7 @@ class Driver:
         """Give the model the gate over the tasks of a registry, and where their experts are."""
         model = self._model
         if registry.manifests and registry.statistics is not None:
-            if self._reader is None:
+            if self._reader is None or self._reader.device != model.device:  # somebody may have moved it
                 load = partial(map_tensors, storage)
                 self._reader = ExpertReader(
                     load, model.expert, model.head, self.cluster.max_resident_experts, model.device

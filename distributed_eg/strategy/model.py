@@ -115,7 +115,7 @@ class ExpertGate(nn.Module):
             raise BackboneError(f"weights={self.weights!r} is for networks by name: load them into your {self.arch}.")
         self.autoencoder: AutoencoderKind = AutoencoderConfig(kind=autoencoder).kind
         self.seed = given.seed(seed)
-        self.device = torch_device(device) or torch.device("cpu")
+        device = torch_device(device)
         output_layer_name = given.text(output_layer_name, "output_layer_name")
         if isinstance(arch, str):
             root = build_network(
@@ -136,8 +136,13 @@ class ExpertGate(nn.Module):
             output_layer_name = last_feature_layer(root, self.head, self.shape)
         self.output_layer_name = output_layer_name
         self.feature_shape = Backbone(root, output_layer_name, self.shape).feature_shape
-        self.expert = root.to(self.device)
+        self.expert = root.to(device or torch.device("cpu"))
         self._predictor: Predictor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where the root network's parameters are."""
+        return next(self.expert.parameters()).device
 
     def train(self, mode: bool = True) -> ExpertGate:
         """As in torch, but the root network stays in eval mode: it is a template, and the backbone."""
@@ -302,11 +307,10 @@ class ExpertGate(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertGate:
         """As in torch; gate and experts follow the root network to its device."""
+        before = self.device
         super()._apply(fn, recurse)
-        device = next((parameter.device for parameter in self.expert.parameters()), self.device)
-        if device != self.device:
-            self.device = device
-            self._predictor = None if self._predictor is None else self._predictor.to(device, self.expert)
+        if self.device != before and self._predictor is not None:
+            self._predictor = self._predictor.to(self.device, self.expert)
         return self
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -67,14 +67,17 @@ class Predictor:
         """
         if not self.experts:
             raise InputError("Every task is retired, and nothing can answer: strategy.restore(label) takes one back.")
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), reproducible(0, self.threads):
+        with (
+            torch.no_grad(),
+            torch.autocast(images.device.type, enabled=False),
+            reproducible(0, self.threads, images.device),
+        ):
             yield
 
     def to(self, device: torch.device, root: nn.Module) -> Predictor:
         """The same on another device, where ``root`` is already."""
         gate = self.gate
-        autoencoders = tuple(autoencoder.to(device) for autoencoder in gate.autoencoders)
-        moved = Gate(gate.tasks, autoencoders, gate.statistics.to(device), gate.temp, gate.confidence_threshold)
+        moved = Gate(gate.tasks, gate.autoencoders, gate.statistics.to(device), gate.temp, gate.confidence_threshold)
         return replace(self, gate=moved, reader=self.reader.to(device, root))
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, AutoencoderOptimizer, ClusterConfig, MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.method.backbone import torch_device
+from distributed_eg.method.head import own_draws
 from distributed_eg.runtime.messages import Observer
 from distributed_eg.runtime.pickling import dumps
 from distributed_eg.runtime.signals import terminable
@@ -147,6 +148,7 @@ class ExpertGateStrategy(RunHolder):
         eval_mb_size = None if eval_mb_size is None else given.whole(eval_mb_size, "eval_mb_size", least=1)
         eval_every = given.whole(eval_every, "eval_every", least=-1)
         device, reference = torch_device(device), checks.given_reference(reference)
+        cluster = checks.placed(cluster or ClusterConfig(), device)
         told = Told.given(model.shape, class_names, transform)
         checks.warn_of_ignored(autoencoder)
         checks.check_optimizer(optimizer, model)
@@ -175,7 +177,7 @@ class ExpertGateStrategy(RunHolder):
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
-            device=checks.driver_device(device),
+            device=checks.driver_device(device, model.device),
             plugins=plugin_table.as_list(plugins),
             evaluator=evaluator,  # type: ignore[arg-type]  # Avalanche takes None, too
             eval_every=eval_every,
@@ -190,9 +192,7 @@ class ExpertGateStrategy(RunHolder):
         self._current: Answers | None = None
         own_names = frozenset(vars(self)) - before
         asked = None if device is None else str(device)
-        self._driver = Driver(
-            self, own_names, self.method, cluster or ClusterConfig(), asked, reference, observer, told
-        )
+        self._driver = Driver(self, own_names, self.method, cluster, asked, reference, observer, told)
 
     def train(
         self,
@@ -282,7 +282,7 @@ class ExpertGateStrategy(RunHolder):
         """
         if isinstance(self.model, SingleExpert):
             # Loaders draw from torch's generator: whether an expert is measured must not change what it becomes.
-            with torch.random.fork_rng(devices=[]):
+            with own_draws(self.device):
                 return self._eval(exp_list, **kwargs)
         checks.check_loader_arguments(self, kwargs, "eval")
         driver = self._driver
@@ -293,7 +293,7 @@ class ExpertGateStrategy(RunHolder):
         keep = not isinstance(exp_list, Iterable) or hasattr(exp_list, "__len__") or hasattr(exp_list, "name")
         experiences = exp_list if keep else list(exp_list)
         asked = adapt(self, [experiences] if not isinstance(experiences, Iterable) else experiences, kwargs)
-        with terminable(), torch.random.fork_rng(devices=[]):
+        with terminable(), own_draws(self.device):
             measure_start(self, asked, kwargs)
         with terminable(), run.working():
             self._answers.extend(ask_workers(run, driver.registry, asked, self.eval_mb_size, self.method))

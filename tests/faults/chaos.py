@@ -19,6 +19,7 @@ The points, as they are written in a plan (``fnmatch`` patterns; ``*`` goes over
     iteration I of epoch E of task T       an expert trains; counted from 0
     relate task T                          between two blocks of a task's validation features
     evaluate                               between two batches of an evaluation
+    start                                  a worker is made
 
 What can happen there:
 
@@ -27,6 +28,7 @@ What can happen there:
     delay                                  the process stays there for ``seconds``
     full, denied, broken                   the storage answers with ENOSPC, EACCES or EIO (at seal and read only)
     memory                                 MemoryError is raised
+    accelerator                            what torch raises where a card breaks, after which nothing works there
     flip, truncate, remove                 the file that was sealed is harmed (after seal only)
 """
 
@@ -48,7 +50,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Action = Literal[
-    "kill", "hang", "delay", "full", "denied", "broken", "memory", "flip", "truncate", "remove"
+    "kill", "hang", "delay", "full", "denied", "broken", "memory", "accelerator", "flip", "truncate", "remove"
 ]  # fmt: skip
 
 FOLDER = "DISTRIBUTED_EG_CHAOS"
@@ -245,6 +247,10 @@ class _Points:
             threading.Event().wait(fault.seconds)
         elif fault.action == "memory":
             raise MemoryError("the chaos kit took it")
+        elif fault.action == "accelerator":
+            import torch
+
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         elif fault.action in HARMS:
             HARMS[fault.action](Path(storage.uri) / path)
         else:
@@ -302,6 +308,7 @@ class _Points:
             from distributed_eg.runtime.worker import stages
             from distributed_eg.runtime.worker.worker import TaskWorker
 
+            self.reach("start")
             self._around(TaskWorker, "run", self._run)
             self._around(stages, "_validation_errors", self._relate)
             self._around(stages, "combine_experts", self._evaluate)

@@ -47,6 +47,19 @@ def test_a_worker_is_killed_at_every_kind_of_point(chaos: Chaos, undisturbed: di
     assert chaos.fired() == [1] * 7
 
 
+def test_an_accelerator_breaks(chaos: Chaos, undisturbed: dict[str, Any]) -> None:
+    """Nothing more can be computed in a process whose card reported an error: another one takes its place, and no other
+    task suffers. A card that was just freed may refuse a new process once."""
+    chaos.plan(
+        Fault("iteration 1 of epoch 1 of task 0", "accelerator"),
+        Fault("relate task 2", "accelerator"),
+        Fault("evaluate", "accelerator", nth=2),
+        Fault("start", "accelerator"),
+    )
+    assert train_and_evaluate(CLUSTER) == undisturbed
+    chaos.require_fired()
+
+
 def test_reports_that_come_twice_late_or_never(chaos: Chaos, undisturbed: dict[str, Any]) -> None:
     """Every stage's report is delivered twice, the second time late; one never comes, and its worker is ended when the
     stage is overdue."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.errors import DivergedError
@@ -338,3 +339,22 @@ def test_it_holds_its_two_matrices_and_two_biases_and_nothing_else() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in fitted.tensors().items()}
     assert shapes == {"encoder_weight": (6, 50), "encoder_bias": (6,), "decoder_weight": (50, 6), "decoder_bias": (50,)}
     assert all(math.isfinite(float(tensor.sum())) for tensor in fitted.tensors().values())
+
+
+class _Readings(TorchDispatchMode):
+    """Counts values that Python asks a tensor for: on a card each one waits until all before it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_are_not_read_one_by_one() -> None:
+    rows = Rows(subspace_rows(300, 12, domain=0, seed=0))
+    with _Readings() as readings:
+        fit_sgd(config(batch_size=1, epochs=2), rows, 0)
+    assert readings.count < 10, "of 600 batches"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.determinism import _pooling_instead_of, pool_by_products, reproducible
 
 
 def state() -> tuple[Any, ...]:
@@ -123,3 +128,134 @@ def test_blocks_nest() -> None:
             draw()
         assert torch.get_num_threads() == 1
         assert draw() == expected
+
+
+def settings() -> tuple[Any, ...]:
+    """What a caller may have set, and what decides about bits."""
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+@pytest.fixture
+def _other_settings() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("said", ["by the older names", "by the newer names"])
+@pytest.mark.usefixtures("_other_settings")
+def test_precision_that_was_said_in_either_way_comes_back(said: str) -> None:
+    """torch refuses to read by one what was set by the other."""
+    newer = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    if said == "by the newer names":
+        if not newer:
+            pytest.skip(f"torch {torch.__version__} has the older names only")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision if newer else torch.get_float32_matmul_precision()
+    with reproducible(0, 1):
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cudnn.allow_tf32
+    assert before == (torch.backends.cuda.matmul.fp32_precision if newer else torch.get_float32_matmul_precision())
+
+
+@pytest.mark.usefixtures("_other_settings")
+def test_inside_torch_is_as_it_is_by_default() -> None:
+    before = settings()
+    with reproducible(0, 1):
+        made = torch.ones(2)
+        assert made.dtype is torch.float32
+        assert made.device.type == "cpu"
+        assert not torch.are_deterministic_algorithms_enabled(), "which changes kernels on CPUs, too"
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not _uses_bfloat16()
+    assert settings() == before
+
+
+def _uses_bfloat16() -> bool:
+    """Whether products of float32 are rounded to bfloat16 on the way, where this CPU can."""
+    x = torch.full((64, 64), 1 + 2**-12)
+    return bool((x @ x - 64 * (1 + 2**-12) ** 2).abs().max() > 1e-3)
+
+
+def test_no_card_is_seeded_where_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would put its generator back: what the caller draws there later would be another number."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with reproducible(1, 1):
+        pass
+    assert seeded == []
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 5), (13, 9), (1, 4), (3, None)])
+@pytest.mark.parametrize("shape", [(2, 3, 13, 9), (3, 6, 6), (1, 2, 4, 17)])
+def test_pooling_by_products_is_torchs(shape: tuple[int, ...], size: tuple[int, int | None]) -> None:
+    """Values and gradients; float64, so that the order of a sum of at most 221 values is below 1e-12."""
+    images = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours, theirs = pool_by_products(images, size), F.adaptive_avg_pool2d(images, size)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    weights = torch.randn(theirs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((pooled * weights).sum(), images)[0] for pooled in (ours, theirs)]
+    assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# Of torch's list of operations that have no deterministic kernel on a card, those that networks for images use.
+_WITHOUT_KERNEL = re.compile(
+    r"_?adaptive_avg_pool[23]d_backward|adaptive_max_pool2d_backward|fractional_max_pool\dd_backward|"
+    r"max_pool3d_with_indices_backward|avg_pool3d_backward|max_unpool\dd|reflection_pad\dd_backward|"
+    r"replication_pad\dd_backward|upsample_.*_backward|grid_sampler_\dd_backward|cumsum|kthvalue|median|put|histc"
+)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("alexnet", "vgg11_bn", "resnet18", "squeezenet1_1", "densenet121", "googlenet", "inception_v3"),
+        *("mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0"),
+        *("convnext_tiny", "vit_b_32", "swin_t", "swin_v2_t", "maxvit_t"),
+    ],
+)
+def test_networks_of_torchvision_learn_by_deterministic_kernels(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each family, without values: what runs in a training step has a deterministic kernel on a card."""
+    monkeypatch.setattr(F, "adaptive_avg_pool2d", _pooling_instead_of(F.adaptive_avg_pool2d, lambda _images: True))
+    side = 299 if arch == "inception_v3" else 224
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        options = {"init_weights": False} if arch in ("googlenet", "inception_v3") else {}
+        network = torchvision.models.get_model(arch, weights=None, **options).train()
+        images = torch.empty(2, 3, side, side)
+        with _Seen() as seen:
+            answer = network(images)
+            answer = getattr(answer, "logits", answer)
+            answer.sum().backward()
+    assert any("backward" in name for name in seen.names)
+    assert [name for name in seen.names if _WITHOUT_KERNEL.fullmatch(name)] == []

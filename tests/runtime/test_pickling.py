@@ -22,7 +22,9 @@ import torch
 from torchvision import transforms
 
 from distributed_eg.errors import InputError, WorkerLostError
+from distributed_eg.runtime import pickling
 from distributed_eg.runtime.pickling import dumps, load
+from tests.helpers import tiny_benchmark, tiny_strategy
 
 # As a script's own module: all that is defined here travels by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -214,3 +216,52 @@ def test_what_is_no_fault_of_the_value_stays_what_it_is(error: Exception) -> Non
     with pytest.raises(type(error)) as caught:
         load(partial(refuse, error), "The plugin X")
     assert caught.value is error
+
+
+class Elsewhere:
+    """Has every tensor count as one on a card; notes what is moved to the CPU before it is pickled."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.moved = 0
+        cpu = torch.Tensor.cpu
+
+        def noted(tensor: torch.Tensor) -> torch.Tensor:
+            self.moved += 1
+            return cpu(tensor)
+
+        patch.setattr(torch.Tensor, "cpu", noted)
+        patch.setattr(pickling, "_TRAVEL", ("meta",))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0)[::2],
+        torch.nn.Parameter(torch.ones(2), requires_grad=False),
+        {"in": [torch.nn.Linear(2, 2)]},
+        torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0])),
+    ],
+    ids=["view", "parameter", "module", "criterion"],
+)
+def test_tensors_arrive_on_the_cpu(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker, or a driver, may have no card, or fewer: what was on one must not need one to be read."""
+    elsewhere = Elsewhere(monkeypatch)
+    arrived = pickle.loads(dumps(value, "it"))
+    assert elsewhere.moved
+    assert type(arrived) is type(value)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_in(arrived), tensors_in(value), strict=True))
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Its tensors, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [*(value["in"][0] if isinstance(value, dict) else value).state_dict().values()]
+
+
+def test_all_that_travels_goes_through_that_pickler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmark, trainer with its plugins and metrics, network on the way to workers."""
+    elsewhere = Elsewhere(monkeypatch)
+    with tiny_strategy(criterion=torch.nn.CrossEntropyLoss(weight=torch.ones(2))) as strategy:
+        strategy.train(tiny_benchmark((0,)).train_stream)
+    assert elsewhere.moved > 3

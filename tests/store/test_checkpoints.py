@@ -221,3 +221,17 @@ def test_anything_else_is_refused_by_its_place(value: Any, kind: str) -> None:
 def test_what_is_no_encoding_is_damaged(value: Any) -> None:
     with pytest.raises(DamagedFileError, match="damaged"):
         decode([value], {})
+
+
+def test_what_was_on_a_card_comes_back_on_the_jobs_own() -> None:
+    """A plugin's tensor of cuda:1 has no business on cuda:0, where torch puts what is for "cuda"."""
+    asked: list[object] = []
+
+    class Kept(torch.Tensor):
+        def to(self, device: object) -> torch.Tensor:  # type: ignore[override]
+            asked.append(device)
+            return self
+
+    for device in ("cuda:1", "cpu"):
+        decode([{"tensor": "0", "device": "cuda"}, {"tensor": "0"}], {"0": Kept()}, device)
+    assert asked == [torch.device("cuda:1"), "cpu", "cuda", torch.device("cpu")]

@@ -130,12 +130,12 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_more_gpus_than_any_node_has_are_refused_at_once() -> None:
-    with tiny_strategy(ClusterConfig(num_workers=1, gpus_per_worker=4)) as strategy:
+def test_more_than_any_node_has_is_refused_at_once() -> None:
+    with tiny_strategy(ClusterConfig(num_workers=1, cpus_per_worker=4, gpus_per_worker=1)) as strategy:
         with pytest.raises(ResourceError) as caught:
             strategy.train(tiny_benchmark((0,)).train_stream)
         message = one_sentence(caught.value)
-    assert "4 GPU" in message
+    assert "4 CPU and 1 GPU" in message
     assert "2 CPU, 2 GPU" in message
 
 

@@ -15,12 +15,15 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distributed_eg.errors import ExpertGateError, InputError, RunInUseError, WorkerLostError
+from distributed_eg.errors import ExpertGateError, InputError, RunInUseError, WorkerLostError, told
 from distributed_eg.masking import masked
+from distributed_eg.runtime import pickling
 from distributed_eg.runtime.coordinator import Coordinator
-from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.messages import Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
-from distributed_eg.runtime.worker.worker import TaskWorker
+from distributed_eg.runtime.worker.causes import cause_of
+from distributed_eg.runtime.worker.worker import TaskWorker, told_of
+from distributed_eg.schedule.events import Cause
 from distributed_eg.store.records import Record
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact
@@ -42,29 +45,37 @@ class TaskWorkerActor:
     def __init__(self, setup: WorkerSetup, home: str, path: Sequence[str]) -> None:
         if ray.get_runtime_context().get_node_id() == home:
             _look_in(path)
-        device = setup.device or _assigned_device()
         torch.set_num_threads(setup.cluster.threads)
         # Avalanche's import says so in every process, and nothing here needs one.
         warnings.filterwarnings("ignore", message="no QP solver found")
-        self._refusal: InputError | None = None
+        self._refusal: ExpertGateError | None = None
         try:
-            self._worker = TaskWorker(setup, fetch, torch.device(device))
+            device, share = torch.device(_assigned_device(setup.device)), setup.cluster.gpus_per_worker
+            if device.type != "cpu" and share is not None and share < 1:  # the rest of the card is its neighbours'
+                torch.cuda.set_per_process_memory_fraction(share, device)
+            self._worker, self._told = TaskWorker(setup, fetch, device), told_of(device)
         except InputError as error:  # of what a constructor raises, Ray hands on the text only
             self._refusal = error
+        except Exception as error:
+            if cause_of(error) not in (Cause.ACCELERATOR, Cause.OUT_OF_MEMORY):
+                raise
+            # A card that was just freed may refuse for a moment: another process tries again.
+            self._refusal = WorkerLostError(f"Its accelerator refused: {told(error)}")
 
-    def where(self) -> tuple[str, int]:
-        """Node and process id.
+    def where(self) -> tuple[str, int, str]:
+        """Node, process id, and what kind of processor it computes on.
 
         Raises:
             InputError: no worker can be made from this setup here.
+            WorkerLostError: the accelerator refused, perhaps for a moment only.
         """
         if self._refusal is not None:
             raise self._refusal
-        return ray.get_runtime_context().get_node_id(), os.getpid()
+        return ray.get_runtime_context().get_node_id(), os.getpid(), self._told
 
-    def run(self, request: Request) -> Done | Raised:
-        """Carry out a request."""
-        return self._worker.run(request)
+    def run(self, request: Request) -> bytes:
+        """Carry out a request; what comes of it, pickled, with all tensors on the CPU: the driver may have no GPU."""
+        return pickling.dumps(self._worker.run(request), "What a stage gives")
 
     @ray.method(concurrency_group=CONTROL)
     def stop(self) -> None:
@@ -87,13 +98,39 @@ def _look_in(path: Sequence[str]) -> None:
             sys.path.insert(sys.path.index(path[i - 1]) + 1 if i else 0, folder)
 
 
-def _assigned_device() -> str:
-    if not ray.get_gpu_ids():
+def _assigned_device(asked: str | None) -> str:
+    """Where a worker computes: on what Ray assigned, where it was not ``asked`` for the CPU.
+
+    Raises:
+        InputError: a GPU was asked for by name, and there is none to compute on.
+    """
+    if asked == "cpu" or (asked is None and not ray.get_gpu_ids()):
         return "cpu"
     if torch.cuda.is_available():
         return "cuda:0"  # CUDA_VISIBLE_DEVICES holds what Ray assigned
+    if asked is not None:
+        raise InputError(
+            f"device={asked!r} was asked for, but torch {torch.__version__} finds no GPU on this node: install a torch "
+            "for its driver there, or leave device out."
+        )
     logger.warning("Ray assigned a GPU to this worker, but torch finds none: it computes on the CPU.")
     return "cpu"
+
+
+def start_worker(setup: WorkerSetup, cpus: float, gpus: float) -> Any:
+    """A worker actor, on whatever node has room for it."""
+    as_actor: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
+    # Both are read when CUDA starts: sums of cuBLAS in one order, and memory that others on the card can have back.
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    options = as_actor(TaskWorkerActor).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        scheduling_strategy="SPREAD",
+        namespace=NAMESPACE,
+        runtime_env={"env_vars": variables} if gpus > 0 else None,
+    )
+    home = ray.get_runtime_context().get_node_id()
+    return options.remote(setup, home, [os.path.abspath(folder) for folder in sys.path])
 
 
 def start_coordinator(storage_uri: str, run_id: str, generation: int) -> Any:

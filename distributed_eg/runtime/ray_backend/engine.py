@@ -7,8 +7,7 @@ that is lost is replaced by a new one, wherever there is room then.
 from __future__ import annotations
 
 import logging
-import os
-import sys
+import pickle
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,14 +23,13 @@ from distributed_eg.runtime.coordinator import CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
 from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.actors import (
-    CONTROL,
     RemoteCoordinator,
-    TaskWorkerActor,
     fetch,
     start_coordinator,
+    start_worker,
     wait_until_gone,
 )
-from distributed_eg.runtime.ray_backend.cluster import NAMESPACE, Node, nodes, refuse_infeasible
+from distributed_eg.runtime.ray_backend.cluster import Node, nodes, refuse_infeasible
 from distributed_eg.runtime.ray_backend.errors import classify
 from distributed_eg.runtime.ray_backend.session import SESSION
 from distributed_eg.runtime.shipping import Shipper
@@ -64,6 +62,7 @@ class _Worker:
     ready: Any
     since: float
     node: str | None = None
+    device: str = ""
     leaving: bool = False
     calls: dict[Any, _Call] = field(default_factory=dict)
 
@@ -92,6 +91,9 @@ class RayEngine:
         self._num_tasks: int | None = None
         self._pool: dict[str, _Worker] = {}
         self._starting: dict[str, _Worker] = {}
+        self._misfits: list[_Worker] = []
+        """On another kind of processor than the first one: they get nothing to do, and keep others away."""
+        self._device: str | None = None
         self._coordinator: Any = None
         self._num_named = 0
         self._num_failed_starts = 0
@@ -145,7 +147,7 @@ class RayEngine:
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
-        return [WorkerJoined(w.name, w.node or "") for w in self._pool.values() if not w.leaving]
+        return [WorkerJoined(w.name, w.node or "", w.device) for w in self._pool.values() if not w.leaving]
 
     def submit(self, call: int | None, worker: str, request: Request) -> None:
         """Begin a call on a worker."""
@@ -192,7 +194,7 @@ class RayEngine:
 
     def num_workers(self) -> int:
         """How many workers it holds, or asks for."""
-        return len(self._pool) + len(self._starting)
+        return len(self._pool) + len(self._starting) + len(self._misfits)
 
     def close(self) -> None:
         """End the actors and, where nobody else in this process uses a Ray that was started here, Ray."""
@@ -204,11 +206,12 @@ class RayEngine:
         """End the actors: another strategy of this process needs their room."""
         with SESSION.lock:
             if SESSION.holds(self):  # else Ray's own end came first, and took the actors with it
-                self._stop([*self._pool.values(), *self._starting.values()])
+                self._stop([*self._pool.values(), *self._starting.values(), *self._misfits])
                 if self._coordinator is not None:
                     ray.kill(self._coordinator)
             self._pool.clear()
             self._starting.clear()
+            self._misfits.clear()
             self._coordinator = None
 
     def _require_ray(self) -> None:
@@ -234,7 +237,7 @@ class RayEngine:
         fits = sum(node.room_for(self._cpus, self._gpus) for node in there if not node.leaving)
         useful = fits if self._num_tasks is None else min(fits, self._num_tasks)
         wanted = useful if asked == "auto" else asked
-        staying = sum(not worker.leaving for worker in self._pool.values())
+        staying = sum(not worker.leaving for worker in self._pool.values()) + len(self._misfits)
         late = time.monotonic() - _START_S
         num_waiting = sum(worker.since < late for worker in self._starting.values())
         num_new = max(0, max(1, wanted) - staying - len(self._starting))
@@ -245,27 +248,19 @@ class RayEngine:
             self._spawn()
 
     def _spawn(self) -> None:
+        assert self._setup is not None
         name = f"worker-{self._num_named}"
         self._num_named += 1
-        as_actor: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
-        actor = as_actor(TaskWorkerActor)
-        # cuBLAS reads this when it starts: without it, its sums differ from run to run.
-        environment = {"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}} if self._gpus > 0 else None
-        handle = actor.options(
-            num_cpus=self._cpus,
-            num_gpus=self._gpus,
-            scheduling_strategy="SPREAD",
-            namespace=NAMESPACE,
-            runtime_env=environment,
-        ).remote(self._setup, ray.get_runtime_context().get_node_id(), [os.path.abspath(folder) for folder in sys.path])
+        handle = start_worker(self._setup, self._cpus, self._gpus)
         self._starting[name] = _Worker(name, handle, handle.where.remote(), time.monotonic())
 
     def _started(self, worker: _Worker) -> list[Report]:
         del self._starting[worker.name]
         try:
-            worker.node, pid = ray.get(worker.ready)
+            worker.node, pid, worker.device = ray.get(worker.ready)
         except RayError as error:
             self._num_failed_starts += 1
+            ray.kill(worker.handle)
             if not self._pool:
                 if isinstance(cause := getattr(error, "cause", None), InputError):
                     raise cause from None
@@ -276,20 +271,29 @@ class RayEngine:
             logger.warning("%s did not come up, another takes its place: %s", worker.name, str(error).split("\n")[0])
             return []
         self._num_failed_starts = 0
+        self._device = self._device or worker.device
+        if worker.device != self._device:
+            self._misfits.append(worker)
+            says = "%s computes on another kind of processor (%s) than the run's other workers (%s), which would give "
+            says += "other bytes: it gets nothing to do. Give each kind of machine a run of its own."
+            logger.warning(says, worker.name, worker.device, self._device)
+            return []
         self._pool[worker.name] = worker
         logger.debug("%s is ready: node %s, process %d", worker.name, worker.node, pid)
-        return [WorkerJoined(worker.name, worker.node or "")]
+        return [WorkerJoined(worker.name, worker.node or "", worker.device)]
 
     def _ended(self, worker: _Worker, reference: Any) -> Report:
         call = worker.calls.pop(reference)
         try:
-            outcome = ray.get(reference)
+            outcome = pickle.loads(ray.get(reference))
         except RayError as error:
             alive = not worker.leaving and any(node.id == worker.node for node in nodes())
             cause, worker_is_gone = classify(error, node_is_alive=alive)
             if worker_is_gone:
                 return self._lose(worker, str(error), cause)
             outcome = Raised(None, str(error), str(error), 0.0, cause)
+        if isinstance(outcome, Raised) and outcome.cause is Cause.ACCELERATOR:  # all that follows there would fail, too
+            return self._lose(worker, outcome.message, outcome.cause)
         return Ended(call.number, worker.name, outcome)
 
     def _lose(self, worker: _Worker, message: str, cause: Cause) -> WorkerLost:
@@ -297,8 +301,8 @@ class RayEngine:
         del self._pool[worker.name]
         ray.kill(worker.handle)
         if not worker.leaving:
-            first_line = message.split("\n")[0]
-            logger.warning("%s is lost (%s), another takes its place: %s", worker.name, cause.value, first_line)
+            says = "%s is lost (%s), another takes its place: %s"
+            logger.warning(says, worker.name, cause.value, message.split("\n")[0])
             self._spawn()
         return WorkerLost(worker.name, message, cause)
 

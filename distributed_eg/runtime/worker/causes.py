@@ -14,17 +14,29 @@ from distributed_eg.errors import DamagedFileError, HookError, StorageError, Wor
 from distributed_eg.runtime.worker.contract import item_of
 from distributed_eg.schedule.events import Cause
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-"""What torch says, in a plain RuntimeError, where the machine has no memory left."""
+_NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("cublas_status_alloc_failed", "cusolver_status_alloc_failed", "cusparse_status_insufficient_resources"),
+    *("cudnn_status_alloc_failed", "cudnn_status_internal_error_device_allocation_failed", "miopenstatusallocfailed"),
+    # cuDNN says so where it finds no room for its handle, or for the workspace of any of its engines.
+    *("cudnn_status_not_initialized", "unable to find an engine to execute this computation"),
+)
+"""What torch says, in a plain RuntimeError, where the machine or its accelerator has no memory left."""
+_BROKEN = (
+    *("cuda error", "hip error", "cuda driver error", "nccl error", "cudnn error", "miopen error"),
+    *("cublas_status_", "cusolver_status_", "cusparse_status_", "cudnn_status_", "cufft_", "device-side assert"),
+)
+"""What torch says, in a RuntimeError, where an accelerator reports anything else: the process cannot go on with it."""
 
 
 def cause_of(error: BaseException) -> Cause:
     """The cause of a failed stage. What a user's code raises is its own, whatever class and text it gives it; only an
-    allocator that found no memory there is believed."""
+    allocator that found no memory there, or an accelerator that broke, is believed."""
     if isinstance(error, HookError):
         found = error.__cause__
-        is_true = found is not None and _is_out_of_memory(found) and not (_is_stated(found) and _dispatch(found)[1])
-        return Cause.OUT_OF_MEMORY if is_true else Cause.RAISED
+        if found is None or (_is_stated(found) and _dispatch(found)[1]):
+            return Cause.RAISED
+        return _of_the_machine(found)
     if is_ours(error):
         if isinstance(error, DamagedFileError):  # a file of another task: writing again does not help this one
             return Cause.RAISED
@@ -33,7 +45,7 @@ def cause_of(error: BaseException) -> Cause:
         if isinstance(error, WorkerLostError):  # data that lay on a lost node
             return Cause.NODE_LOST
         return Cause.RAISED if error.__cause__ is None else cause_of(error.__cause__)
-    return Cause.OUT_OF_MEMORY if _is_out_of_memory(error) else Cause.RAISED
+    return _of_the_machine(error)
 
 
 def is_ours(error: BaseException) -> bool:
@@ -92,9 +104,14 @@ def _named(value: object) -> str:
         return type(value).__name__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    says_so = isinstance(error, RuntimeError) and any(words in told(error).lower() for words in _NO_MEMORY)
-    return says_so or isinstance(error, MemoryError | torch.OutOfMemoryError)
+def _of_the_machine(error: BaseException) -> Cause:
+    """What the machine says by an error that nobody's Python code raised: it has no memory, or its accelerator broke;
+    RAISED: neither."""
+    says = told(error).lower() if isinstance(error, RuntimeError) else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in says for words in _NO_MEMORY):
+        return Cause.OUT_OF_MEMORY
+    is_broken = isinstance(error, torch.AcceleratorError) or any(words in says for words in _BROKEN)
+    return Cause.ACCELERATOR if is_broken else Cause.RAISED
 
 
 def _is_stated(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.runtime.worker.contract import require_shape
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.experts import ExpertReader
-from distributed_eg.store.features import FeatureFile, write_features
+from distributed_eg.store.features import FeatureFile, on_device, write_features
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import map_tensors
@@ -94,7 +94,7 @@ class WorkerContext:
         require_shape(tuple(images.shape[1:]), self.setup.shape, what, is_trained=is_trained)
         if not bool(torch.isfinite(images).all()):
             raise InputError(f"The images of {what} hold NaN or infinite pixels; check its transforms.")
-        features: Tensor = self.backbone(images.to(self.device))
+        features: Tensor = self.backbone(on_device(images, self.device))
         return features
 
     def scratch_file(self, key: str, part: str) -> Path:
@@ -127,7 +127,7 @@ class WorkerContext:
 
         # A dataset may draw at random by itself: it must draw the same wherever and whenever it is read.
         seed = derive_seed(self.setup.method.seed, task_input.record.task, f"features {part}")
-        with reproducible(seed, self.setup.cluster.threads):
+        with reproducible(seed, self.setup.cluster.threads, self.device):
             return write_features(self.scratch_file(task_input.key, part), batches())
 
     def drop_features(self, key: str, part: str) -> None:

@@ -80,7 +80,7 @@ def fit_task_autoencoder(context: WorkerContext, request: messages.AutoencoderRe
     features = context.feature_file(request.input, "train", request.statistics)
     seed = derive_seed(context.setup.method.seed, task, "autoencoder")
     before = request.start
-    start = None if before is None else context.reader.autoencoder(config.kind, before.artifact)
+    start = None if before is None else context.reader.autoencoder(config.kind, before.artifact).to(context.device)
     autoencoder = fit_autoencoder(config, features, seed, start=start)
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
     num_samples = len(features) + (0 if before is None else before.num_samples)
@@ -169,7 +169,7 @@ def _parent(context: WorkerContext, request: messages.ExpertRequest) -> nn.Modul
 
 
 def _derive(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:
-    """An expert as it is before its training, on the CPU."""
+    """An expert as it is before its training, where its parent is."""
     arrived, head, parent = request.input.record, context.setup.head, request.parent
     seed = derive_seed(context.setup.method.seed, arrived.task, "head")
     if request.choice.transfer == "continue" and parent is not None:
@@ -216,13 +216,12 @@ def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messa
     for first in range(request.first, request.last, request.batch_size):
         last = min(first + request.batch_size, request.last)
         # A dataset that draws by itself must draw the same however the experience is cut into requests.
-        with reproducible(
-            derive_seed(context.setup.method.seed, -1, f"evaluate {first}"), context.setup.cluster.threads
-        ):
+        seed = derive_seed(context.setup.method.seed, -1, f"evaluate {first}")
+        with reproducible(seed, context.setup.cluster.threads, context.device):
             samples = [reader[i] for i in range(first, last)]
         images, targets = reader.collate(samples)[:2]
-        features = context.features(images, "the evaluated experience", is_trained=True)
         images = images.to(context.device)
+        features = context.features(images, "the evaluated experience", is_trained=True)
         routing = gate.route(features)
 
         def expert_of(task: TaskId) -> Expert:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from distributed_eg.runtime.messages import Done, Raised, Request, Result, Worke
 from distributed_eg.runtime.worker import stages
 from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours
 from distributed_eg.runtime.worker.context import WorkerContext
+from distributed_eg.schedule.events import Cause
 from distributed_eg.types import derive_seed
 
 _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
@@ -29,12 +31,23 @@ _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
     messages.DropRequest: stages.drop_features,
 }
 
+_WAIT_FOR_MEMORY_S = 5.0
+
+
+def told_of(device: torch.device) -> str:
+    """What kind of processor a device is, as far as it decides about bytes, in one line."""
+    if device.type != "cuda":
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    card = torch.cuda.get_device_properties(device)
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{card.name} ({card.major}.{card.minor}), {runtime}, cuDNN {torch.backends.cudnn.version()}"
+
 
 class TaskWorker:
     """Runs one request at a time, each under its own seed and the run's threads."""
 
     def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
-        with reproducible(setup.method.seed, setup.cluster.threads):
+        with reproducible(setup.method.seed, setup.cluster.threads, device):
             self._context = WorkerContext(setup, fetch, device)
 
     def run(self, request: Request) -> Done | Raised:
@@ -42,7 +55,7 @@ class TaskWorker:
         started = time.perf_counter()
         setup = self._context.setup
         try:
-            with reproducible(_seed(request, setup.method.seed), setup.cluster.threads):
+            with _undisturbed(self._context.device, _seed(request, setup.method.seed), setup.cluster.threads):
                 result = _STAGES[type(request)](self._context, request)
         except BaseException as error:
             if ends_process(error):
@@ -52,14 +65,32 @@ class TaskWorker:
             took_s = time.perf_counter() - started
             raised = Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
             _forget_frames(error)
+            if raised.cause is Cause.OUT_OF_MEMORY:
+                self._make_room()
             return raised
         finally:
             _give_memory_back()
         return Done(result, time.perf_counter() - started)
 
+    def _make_room(self) -> None:
+        """Before a stage that found no memory is tried again: let go of what is kept for later, and, on a card that
+        others may share, wait a moment for theirs."""
+        self._context.reader.release()
+        if self._context.device.type != "cpu":
+            torch.cuda.empty_cache()
+            self._context.stopping.wait(_WAIT_FOR_MEMORY_S)
+
     def close(self) -> None:
         """Have what runs end at its next batch, and remove the scratch folder."""
         self._context.close()
+
+
+@contextlib.contextmanager
+def _undisturbed(device: torch.device, seed: int, threads: int) -> Iterator[None]:
+    """``reproducible``, and no mode of autograd's that an inline caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with reproducible(seed, threads, device):
+            yield
 
 
 def _give_memory_back() -> None:

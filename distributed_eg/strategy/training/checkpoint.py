@@ -83,7 +83,7 @@ class Checkpointing:
     def _resume(self, mine: TrainingState, checkpoint: Checkpoint) -> int:
         task, label = self._job.task, self._job.label
         try:
-            state = decode(checkpoint.values, checkpoint.tensors)
+            state = decode(checkpoint.values, checkpoint.tensors, self._job.device)
             if state["consists of"] != mine.consists_of:
                 logger.warning(
                     "The checkpoint of task %d (label %d) is of another kind (other plugins, metrics or evaluation "

@@ -106,7 +106,7 @@ class _ExpertRules(Plugin):
         super().__init__()
         self._job = job
         self._distillation = distillation
-        self._total = 0.0
+        self._total = torch.zeros((), dtype=torch.float64)
         self._count = 0
         self.num_steps = 0
         """Steps of an optimizer that holds parameters of the expert with a gradient. An ``optimizer_step`` or
@@ -120,16 +120,17 @@ class _ExpertRules(Plugin):
     @property
     def mean_distillation(self) -> float | None:
         """Mean distillation term over the iterations; None without LwF."""
-        return None if self._distillation is None else self._total / max(1, self._count)
+        return None if self._distillation is None else float(self._total) / max(1, self._count)
 
     def state_dict(self) -> dict[str, Any]:
         """The running totals, and the old head, which learns, too."""
         old_head = {} if self._distillation is None else self._distillation.old_head.state_dict()
-        return {"total": self._total, "count": self._count, "steps": self.num_steps, "old head": old_head}
+        return {"total": float(self._total), "count": self._count, "steps": self.num_steps, "old head": old_head}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from those."""
-        self._total, self._count, self.num_steps = state["total"], int(state["count"]), int(state["steps"])
+        self._total = torch.tensor(state["total"], dtype=torch.float64)
+        self._count, self.num_steps = int(state["count"]), int(state["steps"])
         if self._distillation is not None:
             self._distillation.old_head.load_state_dict(state["old head"])
 
@@ -138,7 +139,7 @@ class _ExpertRules(Plugin):
         if self._distillation is not None:
             term = self._distillation.loss(strategy.mb_x)
             strategy.loss = strategy.loss + term
-            self._total += float(term.detach())
+            self._total = self._total.to(term.device) + term.detach()  # read at the end: each reading waits for a card
             self._count += 1
 
     def before_update(self, strategy: Template, *_: object, **__: object) -> None:
@@ -196,7 +197,7 @@ def _hook_error(error: BaseException, job: ExpertJob, checkpointing: Checkpointi
 def _is_untouched(job: ExpertJob) -> bool:
     """Whether nobody moved a parameter, be it by hand."""
     pairs = zip(job.network.parameters(), job.derive().parameters(), strict=True)
-    return all(torch.equal(after.cpu(), before) for after, before in pairs)
+    return all(torch.equal(after.cpu(), before.cpu()) for after, before in pairs)
 
 
 def _refuse_unlearnt(job: ExpertJob, strategy: Template, loader_args: Mapping[str, object]) -> None:

@@ -83,13 +83,37 @@ class Expert:
     classes: tuple[int, ...]
 
 
+class Mixture:
+    """What the experts that answer for a batch of images add up to; they are added one after the other, in ascending
+    order of their tasks.
+
+    Args:
+        images: (n, channels, height, width).
+        width: number of columns, above every class id of an answering expert.
+    """
+
+    def __init__(self, images: Tensor, width: int) -> None:
+        self._images = images
+        self._probabilities = images.new_zeros(len(images), width, dtype=torch.float32)
+
+    def add(self, expert: Expert, weights: Tensor) -> None:
+        """Have an expert answer, with the ``weights`` (n,) that ``Gate.answering`` gives it; it sees the samples that
+        it answers for, in their order."""
+        rows = weights.nonzero().flatten()
+        answers = torch.softmax(logits_of(expert.network, self._images[rows]), dim=1) * weights[rows, None]
+        columns = torch.tensor(expert.classes, device=self._images.device)
+        self._probabilities[rows[:, None], columns] += answers
+
+    def log_probabilities(self) -> Tensor:
+        """(n, width) over dataset class ids; ``ABSENT_LOG_PROBABILITY`` for classes that no answering expert knows."""
+        floor = torch.tensor(ABSENT_LOG_PROBABILITY, device=self._images.device)
+        return self._probabilities.log().maximum(floor)
+
+
 def combine_experts(
     images: Tensor, weights: Mapping[TaskId, Tensor], expert_of: Callable[[TaskId], Expert], width: int
 ) -> Tensor:
-    """Log-probabilities (n, width) over dataset class ids, from the experts that answer.
-
-    Each expert sees the samples that it answers for, in their order. Classes that no answering expert knows get
-    ``ABSENT_LOG_PROBABILITY``.
+    """Log-probabilities (n, width) of a batch, as a ``Mixture`` of the experts that answer.
 
     Args:
         images: (n, channels, height, width).
@@ -97,15 +121,10 @@ def combine_experts(
         expert_of: loads an expert; called once a task.
         width: number of columns, above every class id of an answering expert.
     """
-    probabilities = images.new_zeros(len(images), width, dtype=torch.float32)
+    mixture = Mixture(images, width)
     for task, weight in weights.items():
-        expert = expert_of(task)
-        rows = weight.nonzero().flatten()
-        answers = torch.softmax(logits_of(expert.network, images[rows]), dim=1) * weight[rows, None]
-        columns = torch.tensor(expert.classes, device=images.device)
-        probabilities[rows[:, None], columns] += answers
-    floor = torch.tensor(ABSENT_LOG_PROBABILITY, device=images.device)
-    return probabilities.log().maximum(floor)
+        mixture.add(expert_of(task), weight)
+    return mixture.log_probabilities()
 
 
 def make_gate(

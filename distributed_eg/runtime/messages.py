@@ -193,19 +193,26 @@ class GateAndExperts:
 
 
 @dataclass(frozen=True)
-class EvaluateRequest:
-    """Route and predict samples [first, last) of an evaluation dataset, ``batch_size`` at a time.
-
-    ``gate_and_experts`` ships one ``GateAndExperts`` for every request of a stream. ``right_tasks`` holds, for each of
-    these samples, the task that it belongs to, −1 where no expert knows it.
-    """
+class EvaluatePart:
+    """Samples [first, last) of an evaluation dataset, and for each the task that it belongs to, −1 where no expert
+    knows it."""
 
     data: Shipped
     first: int
     last: int
+    right_tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Route and predict parts of evaluation datasets, ``batch_size`` samples at a time.
+
+    ``gate_and_experts`` ships one ``GateAndExperts`` for every request of a stream.
+    """
+
+    parts: tuple[EvaluatePart, ...]
     batch_size: int
     gate_and_experts: Shipped
-    right_tasks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,7 @@ class ExpertResult:
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
+class PartAnswer:
     """Answers for consecutive samples, one row a sample, on the CPU.
 
     ``log_probabilities`` (n, len(classes)) are over the dataset class ids ``classes``, those of all experts that
@@ -242,6 +249,13 @@ class EvaluateResult:
     classes: Tensor
     log_probabilities: Tensor
     expert_predictions: Tensor
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """An answer for each part of a request, in their order."""
+
+    parts: tuple[PartAnswer, ...]
 
 
 Result: TypeAlias = StatisticsRecord | AutoencoderRecord | RelatednessRecord | ExpertResult | EvaluateResult | None

@@ -19,7 +19,14 @@ from distributed_eg.runtime.engine import Engine
 from distributed_eg.runtime.identity import Root, known_run, new_record
 from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.life import Life
-from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, Observer, ReferenceRequest, WorkerSetup
+from distributed_eg.runtime.messages import (
+    EvaluateRequest,
+    EvaluateResult,
+    Observer,
+    PartAnswer,
+    ReferenceRequest,
+    WorkerSetup,
+)
 from distributed_eg.runtime.pool import run_all
 from distributed_eg.runtime.resuming import is_whole
 from distributed_eg.runtime.shipping import Shipped, Shipper, hollow
@@ -31,7 +38,7 @@ from distributed_eg.store.lease import Lease, superseded
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
-from distributed_eg.store.weights import pack_tensors
+from distributed_eg.store.weights import hash_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +122,7 @@ class Run:
         _refuse_client(cluster)
         storage = Storage(cluster.storage or tempfile.mkdtemp(prefix="distributed-eg-run-"))
         uri = storage.uri
-        sealed, weights = pack_tensors("root", root.network.state_dict())
+        sealed = hash_tensors("root", root.network.state_dict())
         wanted = new_record(cluster, method, root, sealed, settings or {})
         with contextlib.ExitStack() as undo:
             if cluster.storage is None:
@@ -132,7 +139,7 @@ class Run:
             engine = _engine(cluster, uri, run_id, lease.generation)
             undo.callback(engine.close)
             engine.start()
-            storage.write(sealed.path, weights)
+            save_tensors(storage, "root", root.network.state_dict())
             # Workers read the weights where they are sealed: sent along, every node would hold them twice.
             network = hollow(root.network, "The backbone")
             shipped, _ = engine.shipper.ship(network, "The backbone")
@@ -154,7 +161,7 @@ class Run:
 
     def is_root(self, network: nn.Module) -> bool:
         """Whether ``network`` still has the weights that the run began with."""
-        return pack_tensors("root", network.state_dict())[0] == self._setup.root_weights
+        return hash_tensors("root", network.state_dict()) == self._setup.root_weights
 
     def workers(self) -> list[WorkerJoined]:
         """Workers that are ready, and stay."""
@@ -241,10 +248,11 @@ class Run:
         if self._num_ended is not None:
             self.life.end_calls(self._num_ended)
 
-    def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[EvaluateResult]:
-        """Carry out ``requests`` on the workers; results in their order."""
+    def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[PartAnswer]:
+        """Carry out ``requests`` on the workers; the answers for all of their parts, in order."""
         self._engine.add_workers(self._setup, len(requests))
-        return [result for result in run_all(self._engine, requests) if isinstance(result, EvaluateResult)]
+        results = run_all(self._engine, requests)
+        return [answer for result in results if isinstance(result, EvaluateResult) for answer in result.parts]
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; give the lease back. The run directory stays."""

@@ -91,7 +91,7 @@ class Storage:
             size_bytes = file.stat().st_size
             with ThreadPoolExecutor(1) as pool:
                 flushed = pool.submit(local_files.flush, file, size_bytes)
-                sha256 = _sha256_of(file)
+                sha256 = sha256_of(file)
                 flushed.result()
             artifact = Artifact(hashed_path(prefix, sha256, suffix), sha256, size_bytes)
             file.replace(self.local_folder / artifact.path)
@@ -169,7 +169,7 @@ class Storage:
         try:
             status = file.stat()
             seen = status.st_ino, status.st_size, status.st_mtime_ns
-            if self._verified.get(artifact) != seen and _sha256_of(file) == artifact.sha256:
+            if self._verified.get(artifact) != seen and sha256_of(file) == artifact.sha256:
                 self._verified[artifact] = seen
         except OSError:
             seen = None
@@ -316,7 +316,8 @@ def hashed_path(prefix: str, sha256: str, suffix: str) -> str:
     return f"{prefix}-{sha256[:_HASH_DIGITS]}{suffix}"
 
 
-def _sha256_of(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """The hash of a local file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

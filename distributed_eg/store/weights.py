@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from distributed_eg.errors import StorageError
-from distributed_eg.store.storage import Artifact, Storage, hashed_path
+from distributed_eg.store.storage import Artifact, Storage, hashed_path, sha256_of
 
 _SUFFIX = ".safetensors"
 
@@ -23,17 +25,26 @@ def save_tensors(storage: Storage, prefix: str, tensors: Mapping[str, Tensor]) -
         StorageError: the run directory cannot be written.
     """
     if storage.local_folder is None:
-        artifact, data = pack_tensors(prefix, tensors)
-        return storage.write(artifact.path, data)
+        data = save(_apart(tensors))
+        return storage.write(hashed_path(prefix, hashlib.sha256(data).hexdigest(), _SUFFIX), data)
     # Straight from the tensors: bytes in between take as long as all the rest.
     return storage.write_file(prefix, _SUFFIX, partial(save_file, _apart(tensors)))
 
 
-def pack_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> tuple[Artifact, bytes]:
-    """What ``save_tensors`` gives, and the bytes that it writes."""
-    data = save(_apart(tensors))
-    sha256 = hashlib.sha256(data).hexdigest()
-    return Artifact(hashed_path(prefix, sha256, _SUFFIX), sha256, len(data)), data
+def hash_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> Artifact:
+    """What ``save_tensors`` gives, without a run directory: through a temporary file, for the same reason.
+
+    Raises:
+        StorageError: the temporary folder cannot be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="distributed-eg-") as folder:
+            file = Path(folder) / "tensors"
+            save_file(_apart(tensors), file)
+            sha256, size_bytes = sha256_of(file), file.stat().st_size
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"The temporary folder {tempfile.gettempdir()!r} cannot be written: {error}") from error
+    return Artifact(hashed_path(prefix, sha256, _SUFFIX), sha256, size_bytes)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from avalanche.benchmarks.scenarios.generic_scenario import CLExperience
@@ -12,14 +13,16 @@ from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
 from distributed_eg.method.image_transform import ImageReader
-from distributed_eg.runtime.messages import EvaluateRequest, EvaluateResult, GateAndExperts
+from distributed_eg.runtime.messages import EvaluatePart, EvaluateRequest, GateAndExperts, PartAnswer
 from distributed_eg.runtime.run import Run
-from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
 from distributed_eg.strategy.predictions import ImageFiles, Prediction, notes_of, predictions
 from distributed_eg.strategy.tasks.task_labels import index_of, label_in_samples, task_labels_of
+
+_MOST_SAMPLES = 1024
+"""That one request asks for."""
 
 
 def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:
@@ -59,63 +62,79 @@ def ask_workers(
 ) -> list[Answers]:
     """Have the workers route every sample of ``asked``, experiences with the datasets to read, among the sealed tasks
     of ``registry``, and predict it."""
-    shards = max(1, -(-max(1, len(run.workers())) // max(1, len(asked))))
     highest = max(max(manifest.classes) for manifest in registry.active.values())
-    gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
-    gate_and_experts, _ = run.shipper.ship(gate, "The gate")
-    plans: list[list[EvaluateRequest]] = []
+    parts: list[EvaluatePart] = []
     held = []  # the leaves that were shipped, until they are read
     for experience, dataset in asked:
         if len(dataset) == 0:
             raise InputError(f"Experience {experience.current_experience} has no samples to evaluate; leave it out.")
         shipped, leaves = run.shipper.ship(dataset, "The evaluation dataset")
         held.append(leaves)
-        right = right_tasks(experience, dataset, registry)
-        plans.append(_plan(shipped, right, batch_size, shards, gate_and_experts))
+        parts.append(EvaluatePart(shipped, 0, len(dataset), tuple(right_tasks(experience, dataset, registry))))
         highest = max(highest, *(int(c) for c in dataset.targets.uniques))
-    results = iter(run.evaluate([request for plan in plans for request in plan]))
-    return [Answers(plan, [next(results) for _ in plan], highest + 1) for plan in plans]
+    requests = _requests(run, registry, parts, batch_size, method)
+    answers = iter(run.evaluate(requests))
+    told = ((part, next(answers)) for request in requests for part in request.parts)
+    found = []
+    for whole in parts:
+        of_whole = [next(told)]
+        while of_whole[-1][0].last < whole.last:
+            of_whole.append(next(told))
+        found.append(Answers(of_whole, highest + 1))
+    return found
 
 
 def ask_about_files(
     run: Run, registry: Registry, files: Sequence[str], reader: ImageReader, batch_size: int, method: MethodConfig
 ) -> Iterator[Prediction | None]:
     """Have the workers predict image files; None for those that cannot be read."""
-    gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
-    gate_and_experts, _ = run.shipper.ship(gate, "The gate")
     shipped, _held = run.shipper.ship(ImageFiles(files, reader), "The image files")
-    shards = max(1, len(run.workers()))
+    whole = EvaluatePart(shipped, 0, len(files), (-1,) * len(files))
     notes = notes_of(registry)
-    for result in run.evaluate(_plan(shipped, [-1] * len(files), batch_size, shards, gate_and_experts)):
+    for result in run.evaluate(_requests(run, registry, [whole], batch_size, method)):
         said = predictions(result.tasks, result.confidences, result.classes, result.log_probabilities, notes)
         for prediction, is_none in zip(said, result.targets.tolist(), strict=True):
             yield None if is_none else prediction
 
 
-def _plan(
-    shipped: Shipped, right: Sequence[int], batch_size: int, num_shards: int, gate_and_experts: Shipped
+def _requests(
+    run: Run, registry: Registry, parts: Sequence[EvaluatePart], batch_size: int, method: MethodConfig
 ) -> list[EvaluateRequest]:
-    """Requests for one experience: at most ``num_shards`` runs of whole batches, so that the batches, hence the
-    bytes, do not depend on how many there are."""
-    num_batches = -(-len(right) // batch_size)
-    per_shard = -(-num_batches // num_shards) * batch_size
-    plan = []
-    for first in range(0, len(right), per_shard):
-        mine = tuple(right[first : first + per_shard])
-        plan.append(EvaluateRequest(shipped, first, first + len(mine), batch_size, gate_and_experts, mine))
-    return plan
+    """Whole batches in stream order, about as many samples for each worker, and not so many that the loss of one would
+    cost much; batches, hence bytes, do not depend on how they are cut."""
+    gate = GateAndExperts(registry.gate_ref(method), registry.expert_refs())
+    gate_and_experts, _ = run.shipper.ship(gate, "The gate")
+    batches = [
+        replace(part, first=first, last=last, right_tasks=part.right_tasks[first:last])
+        for part in parts
+        for first in range(0, part.last, batch_size)
+        for last in [min(first + batch_size, part.last)]
+    ]
+    # Where no worker is up yet, as many come as there are requests.
+    share = -(-len(batches) // (len(run.workers()) or len(parts)))
+    share = min(share, max(1, _MOST_SAMPLES // batch_size))
+    requests = []
+    for first in range(0, len(batches), share):
+        joined: list[EvaluatePart] = []
+        for batch in batches[first : first + share]:
+            if batch.first > 0 and joined:  # the same experience goes on
+                before = joined.pop()
+                batch = replace(before, last=batch.last, right_tasks=before.right_tasks + batch.right_tasks)
+            joined.append(batch)
+        requests.append(EvaluateRequest(tuple(joined), batch_size, gate_and_experts))
+    return requests
 
 
 class Answers:
     """The workers' answers for one experience, handed out in the order of its samples."""
 
-    def __init__(self, plan: Sequence[EvaluateRequest], results: Sequence[EvaluateResult], width: int) -> None:
-        self._results = results
+    def __init__(self, told: Sequence[tuple[EvaluatePart, PartAnswer]], width: int) -> None:
+        self._results = [answer for _, answer in told]
         self._width = width
         self._position = 0
-        columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions] for r in results]
+        columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions] for r in self._results]
         self._targets, tasks, confidences, predictions = (torch.cat(column) for column in zip(*columns, strict=True))
-        right = torch.tensor([task for request in plan for task in request.right_tasks])
+        right = torch.tensor([task for part, _ in told for task in part.right_tasks])
         self._routed = RoutedBatch(tasks, right, confidences, predictions)
 
     def take(self, targets: Tensor) -> tuple[Tensor, RoutedBatch]:

@@ -305,13 +305,13 @@ class _Points:
         init(storage, uri)
         # A worker opens its storage before it runs anything; by then its stages are imported.
         if "distributed_eg.runtime.worker.worker" in sys.modules:
-            from distributed_eg.runtime.worker import stages
+            from distributed_eg.runtime.worker import evaluation, stages
             from distributed_eg.runtime.worker.worker import TaskWorker
 
             self.reach("start")
             self._around(TaskWorker, "run", self._run)
             self._around(stages, "_validation_errors", self._relate)
-            self._around(stages, "combine_experts", self._evaluate)
+            self._around(evaluation, "_route", self._evaluate)
 
     def _run(self, run: Callable[..., Any], worker: Any, request: Any) -> Any:
         from distributed_eg.strategy.training.trainer import _ExpertRules

@@ -13,13 +13,11 @@ from torch import nn
 
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit
-from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
-from distributed_eg.method.gate import Expert, Gate, Routing, combine_experts
+from distributed_eg.method.expert import continue_expert, derive_expert, train_as
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.standardize import compute_statistics
 from distributed_eg.runtime import messages
-from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, GateAndExperts, TaskData
+from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
@@ -30,7 +28,7 @@ from distributed_eg.store.reference import save_statistics
 from distributed_eg.store.registry import ExpertRef
 from distributed_eg.store.storage import Artifact
 from distributed_eg.store.weights import save_tensors
-from distributed_eg.types import TaskId, TransferChoice, derive_seed
+from distributed_eg.types import TransferChoice, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -201,65 +199,6 @@ def drop_features(context: WorkerContext, request: messages.DropRequest) -> None
     """Remove what a task left in this node's scratch folder."""
     for part in ("train", "valid"):
         context.drop_features(request.key, part)
-
-
-@torch.no_grad()
-def evaluate(context: WorkerContext, request: messages.EvaluateRequest) -> messages.EvaluateResult:
-    """Route and predict; each image passes the backbone once, and each chosen expert once."""
-    reader = Reader(request.data.load(context.fetch), "the evaluated experience")
-    known = context.known(request.gate_and_experts)
-    gate = context.reader.gate(known.gate)
-    width = 1 + max(max(ref.classes) for ref in known.experts.values())
-    right = torch.tensor(request.right_tasks, device=context.device)
-    parts: list[tuple[torch.Tensor, ...]] = []
-    answered: set[int] = set()
-    for first in range(request.first, request.last, request.batch_size):
-        last = min(first + request.batch_size, request.last)
-        # A dataset that draws by itself must draw the same however the experience is cut into requests.
-        seed = derive_seed(context.setup.method.seed, -1, f"evaluate {first}")
-        with reproducible(seed, context.setup.cluster.threads, context.device):
-            samples = [reader[i] for i in range(first, last)]
-        images, targets = reader.collate(samples)[:2]
-        images = images.to(context.device)
-        features = context.features(images, "the evaluated experience", is_trained=True)
-        routing = gate.route(features)
-
-        def expert_of(task: TaskId) -> Expert:
-            return context.reader.expert(known.experts[task])
-
-        weights = gate.answering(routing)
-        answered.update(c for task in weights for c in known.experts[task].classes)
-        log_probabilities = combine_experts(images, weights, expert_of, width)
-        right_here = right[first - request.first : last - request.first]
-        by_expert = _right_predictions(images, routing, right_here, log_probabilities, gate, known, context)
-        confidence = routing.confidences.max(1).values
-        parts.append((targets, routing.tasks, confidence, log_probabilities, by_expert))
-    columns = [torch.cat([part.cpu() for part in column]) for column in zip(*parts, strict=True)]
-    classes = torch.tensor(sorted(answered))
-    targets, tasks, confidences, log_probabilities, by_expert = columns
-    return messages.EvaluateResult(targets, tasks, confidences, classes, log_probabilities[:, classes], by_expert)
-
-
-def _right_predictions(
-    images: torch.Tensor,
-    routing: Routing,
-    right: torch.Tensor,
-    log_probabilities: torch.Tensor,
-    gate: Gate,
-    known: GateAndExperts,
-    context: WorkerContext,
-) -> torch.Tensor:
-    """Class ids that each sample's right expert predicts; the gate's answer is reused where it chose that expert."""
-    predictions = torch.full_like(right, -1)
-    reuse = (routing.tasks == right) & (gate.confidence_threshold is None)
-    predictions[reuse] = log_probabilities[reuse].argmax(1)
-    for task in right[~reuse].unique().tolist():
-        if task in known.experts:
-            rows = ((right == task) & ~reuse).nonzero().flatten()
-            expert = context.reader.expert(known.experts[task])
-            classes = torch.tensor(expert.classes, device=images.device)
-            predictions[rows] = classes[logits_of(expert.network, images[rows]).argmax(1)]
-    return predictions
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from distributed_eg.errors import ExpertGateError, told
 from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import Done, Raised, Request, Result, WorkerSetup
-from distributed_eg.runtime.worker import stages
+from distributed_eg.runtime.worker import evaluation, stages
 from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.schedule.events import Cause
@@ -27,7 +27,7 @@ _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
     messages.AutoencoderRequest: stages.fit_task_autoencoder,
     messages.RelateRequest: stages.relate_task,
     messages.ExpertRequest: stages.train_expert,
-    messages.EvaluateRequest: stages.evaluate,
+    messages.EvaluateRequest: evaluation.evaluate,
     messages.DropRequest: stages.drop_features,
 }
 

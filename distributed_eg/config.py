@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from distributed_eg import given
 from distributed_eg.errors import InputError
 from distributed_eg.masking import masked
-from distributed_eg.types import AutoencoderKind, OnTaskFailure
+from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure, Unknown
 
 Engine = Literal["ray", "inline"]
 Resume = Literal["append"] | bool
@@ -38,6 +38,7 @@ _METHOD_NUMBERS: dict[str, Rule] = {
     "distillation_temp": _POSITIVE,
     "rel_thresh": ("be a number, such as the paper's 0.85", lambda value: not math.isnan(value)),
     "confidence_threshold": ("lie in (0, 1], or be None", lambda value: 0 < value <= 1),
+    "unknown_quantile": ("lie in (0, 1]", lambda value: 0 < value <= 1),
     "distillation_weight": _NOT_NEGATIVE,
     "validation_fraction": ("lie between 0 and 1", lambda value: 0 < value < 1),
 }
@@ -184,8 +185,14 @@ class MethodConfig:
 
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     """How each task's autoencoder is made."""
-    temp: float = 2.0
-    """Temperature of the gate's softmax over reconstruction errors, positive; the paper's 2."""
+    gate_score: GateScore = "residual"
+    """``"residual"``: the paper's reconstruction errors. ``"shared"``: distances to classes under one covariance."""
+    temp: float | None = None
+    """Temperature of the gate's softmax over errors, positive; the paper's is 2. None: fitted to held-out images."""
+    unknown: Unknown = "expert"
+    """Who answers for an image that is stranger than ``unknown_quantile`` of every task's held-out images."""
+    unknown_quantile: float = 0.99
+    """Share of its own held-out images, in (0, 1], that a task is to know."""
     rel_thresh: float = 0.85
     """Relatedness, at most 1, above which an expert learns without forgetting from its parent; the paper's 0.85."""
     confidence_threshold: float | None = None
@@ -208,8 +215,10 @@ class MethodConfig:
             "freeze_norm": given.flag(self.freeze_norm, "freeze_norm"),
             "feature_batch_size": given.whole(self.feature_batch_size, "feature_batch_size", least=1),
             "seed": given.seed(self.seed),
+            "gate_score": given.word(self.gate_score, "gate_score", get_args(GateScore)),
+            "unknown": given.word(self.unknown, "unknown", get_args(Unknown)),
         }
         for name, (rule, fits) in _METHOD_NUMBERS.items():
-            if name != "confidence_threshold" or self.confidence_threshold is not None:
+            if name not in ("confidence_threshold", "temp") or getattr(self, name) is not None:
                 values[name] = given.number(getattr(self, name), name, rule, fits)
         _settle(self, values)

@@ -27,6 +27,16 @@ RelatednessUnit: TypeAlias = Literal["own_error", "variance"]
 
 AutoencoderKind: TypeAlias = Literal["sgd", "linear"]
 
+GateScore: TypeAlias = Literal["residual", "shared"]
+"""What the gate compares tasks by: the error of each autoencoder, as in the paper, or the distance to the tasks'
+classes under one covariance."""
+
+Unknown: TypeAlias = Literal["expert", "root", "abstain"]
+"""Who answers for an image that is strange to every task: the nearest expert, the pretrained root, or nobody."""
+
+NOBODY: TaskId = -1
+"""Stands for a task where no expert answers, or none is right."""
+
 
 @dataclass(frozen=True, slots=True)
 class RelatednessRow:

@@ -119,7 +119,13 @@ class Display:
         for file, said in found.items():
             classes = (_class(said.class_id, said.class_name), _class(said.second_class_id, said.second_class_name))
             second = "" if said.second_confidence is None else f"{said.second_confidence:.3f}"
-            row = (file, classes[0], f"{said.confidence:.3f}", str(said.task), f"{said.task_confidence:.3f}")
+            row = (
+                file,
+                classes[0],
+                f"{said.confidence:.3f}",
+                "none" if said.task is None else str(said.task),
+                f"{said.task_confidence:.3f}",
+            )
             table.add_row(*map(escape, row), escape(classes[1]), second)
         self._console.print(table)
 

@@ -111,6 +111,7 @@ def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
     record = Storage(run).read_record(layout.RUN)
     method = dict(record["method"])
     autoencoder = method.pop("autoencoder")
+    method.pop("gate_score", None)  # the model has it
     names = {"latent_dim": "ae_latent_dim"}
     if autoencoder.pop("kind") == "sgd":
         names |= {"lr": "ae_lr", "epochs": "ae_train_epochs", "batch_size": "ae_train_mb_size"}

@@ -65,7 +65,7 @@ class TaskLine:
     num_images: int
     """Training images of the newest version, validation part apart."""
     num_bytes: int
-    """Of its newest autoencoder and expert in the run directory."""
+    """Of its newest weights in the run directory."""
     parent: int | None
     """None: the pretrained root."""
     transfer: str

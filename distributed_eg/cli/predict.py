@@ -192,10 +192,11 @@ def _shares(
     for file, said in found.items():
         folder = os.path.basename(os.path.dirname(os.path.abspath(file)))
         if folder in tasks:
-            in_task = any(name and folder_name(name) == folder for name in names[said.task].values())
+            of_task = {} if said.task is None else names[said.task]
+            in_task = any(name and folder_name(name) == folder for name in of_task.values())
             is_right = said.class_name is not None and folder_name(said.class_name) == folder
             hits.setdefault(tasks[folder], []).append((in_task, is_right))
     return {
-        task: (len(of_task), *(sum(column) / len(of_task) for column in zip(*of_task, strict=True)))
-        for task, of_task in sorted(hits.items())
+        task: (len(its), *(sum(column) / len(its) for column in zip(*its, strict=True)))
+        for task, its in sorted(hits.items())
     }

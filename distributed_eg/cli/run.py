@@ -14,7 +14,7 @@ from distributed_eg import given
 from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, silent_evaluator
 from distributed_eg.cli.outcome import RunOutcome, outcome_of
 from distributed_eg.errors import InputError
-from distributed_eg.types import AutoencoderKind, OnTaskFailure
+from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure
 
 if TYPE_CHECKING:
     from distributed_eg.benchmarks.benchmark import Benchmark
@@ -38,6 +38,8 @@ class RunOptions(WorkerOptions, BenchmarkOptions):
     """linear (closed form) or sgd (the paper's, trained by AdaGrad)."""
     latent_dim: int = 50
     """Hidden units of an autoencoder."""
+    gate_score: GateScore = "shared"
+    """shared (distances to classes under one covariance) or residual (the paper's reconstruction errors)."""
     rel_thresh: float = 0.7
     """Relatedness above which an expert learns without forgetting; the paper's 0.85 is seldom reached in the linear
     autoencoder's unit."""
@@ -109,6 +111,7 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
         pretrained_flag=not options.random_weights,
         weights=options.weights,
         autoencoder=options.autoencoder,
+        gate_score=options.gate_score,
         seed=options.seed,
     )
     # The authors' sample code: AdaGrad 1e-2, batch 12.

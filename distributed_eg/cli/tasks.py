@@ -41,7 +41,7 @@ def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes]) -> None:
             label=manifest.label,
             classes=registry.arrivals[manifest.task].names,
             num_images=registry.autoencoders[manifest.task].num_samples,
-            num_bytes=manifest.autoencoder.size_bytes + manifest.expert.size_bytes,
+            num_bytes=sum(artifact.size_bytes for artifact in registry.weights_of(manifest.task)),
             parent=None if manifest.parent is None else first[manifest.parent],
             transfer=manifest.transfer,
             versions=len(manifest.versions),

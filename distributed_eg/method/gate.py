@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from distributed_eg.method.autoencoder import Autoencoder, AutoencoderStack, stack_autoencoders
+from distributed_eg.method.calibration import Calibration
 from distributed_eg.method.expert import logits_of
+from distributed_eg.method.shared_score import SharedStack
 from distributed_eg.method.standardize import Statistics, standardize
-from distributed_eg.types import TaskId
+from distributed_eg.method.summary import TaskSummary
+from distributed_eg.types import NOBODY, TaskId, Unknown
 
 ABSENT_LOG_PROBABILITY = -16.11809565095832  # log(1e-7)
 """Log-probability of a class that no answering expert knows: small, but finite, so that losses stay finite."""
@@ -23,18 +26,29 @@ class Routing(NamedTuple):
     """Where samples go, one row a sample."""
 
     tasks: Tensor
-    """(n,) int64: the task whose expert is the most confident choice."""
+    """(n,) int64: the task whose expert is the most confident choice; ``NOBODY`` (−1) where the image is unknown and
+    the nearest expert is not to answer for it."""
     confidences: Tensor
     """(n, num_tasks): softmax(−error / temp), columns in the gate's order of tasks."""
     errors: Tensor
-    """(n, num_tasks): squared reconstruction errors."""
+    """(n, num_tasks): squared reconstruction errors; with the shared score squared distances, less what is the same
+    for all tasks of a sample."""
+    strangeness: Tensor
+    """(n,) the least reconstruction error, each in units of what the chosen quantile of its task's held-out images
+    stays below; with the shared score that of the nearest task. NaN where no images were held out."""
+
+    @property
+    def unknown(self) -> Tensor:
+        """(n,) bool: stranger than the chosen quantile of every task's held-out images."""
+        return self.strangeness > 1
 
 
 @dataclass(frozen=True)
 class Gate:
     """All autoencoders of a run, with the statistics that make their errors comparable (section 3.2 of the paper).
 
-    It routes where its statistics are; the autoencoders may lie elsewhere, such as on the CPU.
+    It routes where its statistics are; the autoencoders may lie elsewhere, such as on the CPU. Where it has
+    ``summaries`` of all tasks it goes by the shared score instead of the autoencoders' errors.
     """
 
     tasks: tuple[TaskId, ...]
@@ -42,6 +56,13 @@ class Gate:
     statistics: Statistics
     temp: float
     confidence_threshold: float | None = None
+    summaries: tuple[TaskSummary, ...] = ()
+    calibration: Calibration | None = None
+    """What is known of the temperature."""
+    limits: tuple[float, ...] = ()
+    """Of each task's autoencoder, the error above which an image is strange to it; empty where it is not known."""
+    unknown: Unknown = "expert"
+    """Who answers for images that are strange to all."""
 
     def __getstate__(self) -> dict[str, object]:
         """Without the stack, which is made again from the autoencoders."""
@@ -49,30 +70,60 @@ class Gate:
 
     @cached_property
     def _stack(self) -> AutoencoderStack:
+        if self.summaries:
+            return SharedStack(self.summaries)
         device = self.statistics.mean.device
         return stack_autoencoders([autoencoder.to(device) for autoencoder in self.autoencoders])
 
     def route(self, features: Tensor) -> Routing:
         """Route each of ``features`` (n, num_features), raw as the backbone gives them, by itself."""
-        errors = self._stack.errors(standardize(features, self.statistics))
+        standardized = standardize(features, self.statistics)
+        errors = self._stack.errors(standardized)
         confidences = torch.softmax(-errors / self.temp, dim=1)
         # The smallest error, not the largest confidence: softmax rounds several to 0 or 1 when errors are large.
-        tasks = torch.tensor(self.tasks, device=errors.device)[errors.argmin(1)]
-        return Routing(tasks, confidences, errors)
+        nearest = errors.argmin(1)
+        routing = Routing(
+            torch.tensor(self.tasks, device=errors.device)[nearest],
+            confidences,
+            errors,
+            self._strangeness(standardized, errors, nearest),
+        )
+        return (
+            routing
+            if self.unknown == "expert"
+            else routing._replace(tasks=routing.tasks.where(~routing.unknown, NOBODY))
+        )
+
+    def _strangeness(self, standardized: Tensor, errors: Tensor, nearest: Tensor) -> Tensor:
+        if not self.limits:
+            return torch.full_like(errors[:, 0], torch.nan)
+        limits = torch.tensor(self.limits, device=errors.device).clamp_min(torch.finfo(torch.float32).tiny)
+        if not self.summaries:
+            return (errors / limits).amin(1)
+        # Only the nearest task's autoencoder is asked: the cost does not grow with the number of tasks.
+        residuals = torch.zeros_like(errors[:, 0])
+        for place in nearest.unique().tolist():
+            rows = (nearest == place).nonzero().flatten()
+            own = stack_autoencoders([self.autoencoders[place].to(errors.device)])
+            residuals[rows] = own.errors(standardized[rows])[:, 0]
+        return residuals / limits[nearest]
 
     def answering(self, routing: Routing) -> dict[TaskId, Tensor]:
         """Weights (n,) of each expert that answers for some sample.
 
         Without a threshold the chosen expert answers alone; with one, every expert at least that confident answers
-        too, weighted by confidence.
+        too, weighted by confidence. Where it chose ``NOBODY`` nobody answers, or the root, under that number.
         """
         chosen = routing.tasks[:, None] == torch.tensor(self.tasks, device=routing.tasks.device)
         weights = chosen.to(routing.confidences)
         if self.confidence_threshold is not None:
             weights = torch.where(routing.confidences >= self.confidence_threshold, routing.confidences, weights)
             weights = weights / weights.sum(1, keepdim=True)
+        nobody = routing.tasks == NOBODY
+        weights = weights.masked_fill(nobody[:, None], 0)
+        of_root = {NOBODY: nobody.to(weights)} if self.unknown == "root" and bool(nobody.any()) else {}
         answers = (weights > 0).any(0).tolist()
-        return {task: weights[:, i] for i, task in enumerate(self.tasks) if answers[i]}
+        return of_root | {task: weights[:, i] for i, task in enumerate(self.tasks) if answers[i]}
 
 
 @dataclass(frozen=True)
@@ -81,6 +132,13 @@ class Expert:
 
     network: nn.Module
     classes: tuple[int, ...]
+
+
+@torch.no_grad()
+def expert_of_root(root: nn.Module, shape: Sequence[int]) -> Expert:
+    """The pretrained root as an expert: it answers for its own outputs, numbered from 0, whatever they stand for."""
+    image = torch.zeros(1, *shape, device=next(root.parameters()).device)
+    return Expert(root, tuple(range(logits_of(root, image).shape[1])))
 
 
 class Mixture:
@@ -127,9 +185,23 @@ def combine_experts(
     return mixture.log_probabilities()
 
 
+def with_abstentions(log_probabilities: Tensor, tasks: Tensor) -> Tensor:
+    """Log-probabilities with a last column for none of the classes: certain where the gate chose ``NOBODY``."""
+    absent = torch.full_like(log_probabilities[:, 0], ABSENT_LOG_PROBABILITY)
+    return torch.cat([log_probabilities, absent.where(tasks != NOBODY, 0.0)[:, None]], dim=1)
+
+
 def make_gate(
-    autoencoders: Mapping[TaskId, Autoencoder], statistics: Statistics, temp: float, threshold: float | None
+    autoencoders: Mapping[TaskId, Autoencoder],
+    statistics: Statistics,
+    temp: float,
+    threshold: float | None,
+    summaries: Mapping[TaskId, TaskSummary] | None = None,
+    **known: Any,
 ) -> Gate:
-    """A gate over ``autoencoders``, in ascending order of tasks."""
+    """A gate over ``autoencoders``, in ascending order of tasks; by the shared score where there are ``summaries``;
+    ``known`` is what else a ``Gate`` holds."""
     tasks: Sequence[TaskId] = sorted(autoencoders)
-    return Gate(tuple(tasks), tuple(autoencoders[task] for task in tasks), statistics, temp, threshold)
+    of_tasks = tuple(summaries[task] for task in tasks) if summaries else ()
+    ordered = tuple(autoencoders[task] for task in tasks)
+    return Gate(tuple(tasks), ordered, statistics, temp, threshold, of_tasks, **known)

@@ -73,7 +73,7 @@ def fit_linear(
             stacked = torch.cat([basis, centred, shift[None]])
             mean = mean + (block_mean - mean) * (rows / (count + rows))
         count += rows
-        basis = _compress(stacked, min(2 * latent_dim, count - 1))
+        basis = compress(stacked, min(2 * latent_dim, count - 1))
     if mean is None or basis is None:
         raise InputError("An autoencoder needs at least one sample, but there is none.")
     basis = basis[:latent_dim]
@@ -109,13 +109,9 @@ class LinearStack:
         return (distances - explained).clamp_min(0)
 
 
-def _compress(rows: Tensor, rank: int) -> Tensor:
-    """The best rank-``rank`` S·Vᵀ of ``rows``, through the eigenvectors of the small matrix rows·rowsᵀ."""
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for first in range(0, rows.shape[1], _COLUMNS):
-        part = rows[:, first : first + _COLUMNS].double()
-        gram += part @ part.T
-    values, vectors = torch.linalg.eigh(gram)
+def compress(rows: Tensor, rank: int) -> Tensor:
+    """The best rank-``rank`` S·Vᵀ of ``rows``, longest row first, through the eigenvectors of rows·rowsᵀ."""
+    values, vectors = torch.linalg.eigh(gram_of(rows))
     # Directions of rounding noise only would be normalised into garbage.
     floor = float(values[-1].clamp_min(0)) * 1e-10
     keep = min(rank, int((values > floor).sum()))
@@ -123,3 +119,12 @@ def _compress(rows: Tensor, rank: int) -> Tensor:
         return rows.new_zeros(0, rows.shape[1])
     top: Tensor = vectors[:, -keep:].flip(1).T.to(rows.dtype)
     return torch.mm(top, rows)
+
+
+def gram_of(rows: Tensor) -> Tensor:
+    """rows·rowsᵀ in float64, without a copy of all of ``rows`` in it."""
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for first in range(0, rows.shape[1], _COLUMNS):
+        part = rows[:, first : first + _COLUMNS].double()
+        gram += part @ part.T
+    return gram

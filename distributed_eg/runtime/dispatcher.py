@@ -193,8 +193,10 @@ class Dispatcher:
             before = task_input.record.continues
             start = None if before is None else registry.autoencoders[before]
             return messages.AutoencoderRequest(task_input, registry.statistics, start)
-        own = registry.autoencoders[run.task].artifact
-        return messages.RelateRequest(task_input, registry.statistics, own, self._candidates(task_input))
+        own, candidates = registry.autoencoders[run.task], self._candidates(task_input)
+        asked = (own, *(registry.autoencoders[task] for task, _ in candidates if task is not None))
+        summaries = tuple(record.summary for record in asked if record.summary is not None)
+        return messages.RelateRequest(task_input, registry.statistics, own.artifact, candidates, summaries)
 
     def _candidates(self, task_input: TaskInput) -> tuple[tuple[TaskId | None, Artifact], ...]:
         """What the expert could start from: the root where it has an autoencoder, and the newest version of each task

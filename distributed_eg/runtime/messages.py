@@ -166,12 +166,14 @@ class AutoencoderRequest:
 
 @dataclass(frozen=True)
 class RelateRequest:
-    """Relate a task to the candidates, None standing for the root."""
+    """Relate a task to the candidates, None standing for the root; ``summaries`` are its own and those of the
+    candidates, but for the root, where the gate goes by the shared score."""
 
     input: TaskInput
     statistics: StatisticsRecord
     own: Artifact
     candidates: tuple[tuple[TaskId | None, Artifact], ...]
+    summaries: tuple[Artifact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,7 @@ class PartAnswer:
     targets: Tensor
     tasks: Tensor
     confidences: Tensor
+    strangeness: Tensor
     classes: Tensor
     log_probabilities: Tensor
     expert_predictions: Tensor

@@ -89,14 +89,15 @@ def _whole_stages(storage: Storage, recorded: Registry, registry: Registry, task
     if task in recorded.timings:
         registry.add(recorded.timings[task])
     is_swept = recorded.is_swept(task)  # nobody needs its weights, which may be gone
-    if autoencoder is not None and (is_swept or is_whole(storage, autoencoder.artifact)):
+    if autoencoder is not None and (is_swept or all([is_whole(storage, file) for file in autoencoder.artifacts])):
         registry.add(autoencoder)
         yield Stage.AUTOENCODER
         yield Stage.FEATURES
-    if task in recorded.relatedness:
-        registry.add(recorded.relatedness[task])
+    relatedness = recorded.relatedness.get(task)
+    if relatedness is not None and (is_swept or all([is_whole(storage, file) for file in relatedness.artifacts])):
+        registry.add(relatedness)
         yield Stage.RELATE
-    if manifest is not None and task in recorded.relatedness and (is_swept or is_whole(storage, manifest.expert)):
+    if manifest is not None and relatedness is not None and (is_swept or is_whole(storage, manifest.expert)):
         registry.add(manifest)
         yield Stage.EXPERT
 

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed_eg.errors import StorageError
+from distributed_eg.errors import InputError, StorageError
 from distributed_eg.method.autoencoder import (
     Autoencoder,
     AutoencoderStack,
     autoencoder_from_tensors,
     stack_autoencoders,
 )
+from distributed_eg.method.calibration import HeldOut, calibrate
 from distributed_eg.method.expert import blank_expert
 from distributed_eg.method.gate import Expert, Gate, make_gate
+from distributed_eg.method.shared_score import MOST_BYTES, kept_rows
 from distributed_eg.method.standardize import Statistics
+from distributed_eg.method.summary import TaskSummary
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact
@@ -45,11 +48,12 @@ class ExpertReader:
         self, load: LoadTensors, root: nn.Module, head: str, capacity: int, device: torch.device | str
     ) -> None:
         self._load = load
-        self._root, self._head = root, head
+        self.root, self._head = root, head
         self._capacity = capacity
         self.device = torch.device(device)
         self._experts: OrderedDict[ExpertRef, Expert] = OrderedDict()
         self._autoencoders: dict[Artifact, Autoencoder] = {}
+        self._summaries: dict[Artifact, tuple[int, TaskSummary]] = {}
         self._groups: dict[tuple[Artifact, ...], AutoencoderStack] = {}
         self._statistics: dict[StatisticsRecord, Statistics] = {}
         self._gate: tuple[GateRef, Gate] | None = None
@@ -86,7 +90,7 @@ class ExpertReader:
         """
         while len(self._experts) >= self._capacity:
             self._experts.popitem(last=False)
-        network = blank_expert(self._root, self._head, len(ref.classes))
+        network = blank_expert(self.root, self._head, len(ref.classes))
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
@@ -114,6 +118,19 @@ class ExpertReader:
             stacks.append(stack)
         return stacks
 
+    def summaries(self, artifacts: Sequence[Artifact], most_bytes: int = MOST_BYTES) -> list[TaskSummary]:
+        """Sealed summaries, on the CPU, with as much of their scatter as the shared score takes of so many tasks; that
+        stays in memory."""
+        for artifact in artifacts:
+            known, summary = self._summaries.get(artifact, (0, None))
+            most = kept_rows(len(artifacts), summary.means.shape[1], most_bytes) if summary is not None else 1
+            if summary is None or known < most:
+                summary = TaskSummary(**self._load(artifact))
+                most = kept_rows(len(artifacts), summary.means.shape[1], most_bytes)
+            if known != most:
+                self._summaries[artifact] = most, summary.cut(most)
+        return [self._summaries[artifact][1] for artifact in artifacts]
+
     def statistics(self, record: StatisticsRecord) -> Statistics:
         """The run's standardization statistics."""
         if record not in self._statistics:
@@ -123,10 +140,25 @@ class ExpertReader:
         return self._statistics[record]
 
     def gate(self, ref: GateRef) -> Gate:
-        """The gate over all tasks that ``ref`` names; the last one stays in memory, laid out for its batched pass."""
+        """The gate over all tasks that ``ref`` names; the last one stays in memory, laid out for its batched pass.
+
+        Raises:
+            InputError: it is to know unknown images, and the run's tasks do not say how strange their own are.
+        """
         if self._gate is None or self._gate[0] != ref:
             autoencoders = {task: self.autoencoder(ref.kind, artifact) for task, artifact in ref.autoencoders}
             self._groups.clear()  # the gate has a layout of its own
-            gate = make_gate(autoencoders, self.statistics(ref.statistics), ref.temp, ref.confidence_threshold)
+            summaries = dict(zip(autoencoders, self.summaries(ref.summaries), strict=True)) if ref.summaries else None
+            held_out = [HeldOut(**self.copies(artifact)) for artifact in ref.held_out]
+            known, statistics = calibrate(held_out, ref.temp), self.statistics(ref.statistics)
+            is_known = len(held_out) == len(autoencoders)
+            if ref.unknown != "expert" and not is_known:
+                raise InputError(
+                    f"unknown={ref.unknown!r} needs to know how strange each task's own images are, which a task of "
+                    "this run has not noted, for an earlier version trained it: leave it at 'expert'."
+                )
+            limits = tuple(table.limit(ref.unknown_quantile) for table in held_out) if is_known else ()
+            about = {"calibration": known, "limits": limits, "unknown": ref.unknown}
+            gate = make_gate(autoencoders, statistics, known.temp, ref.confidence_threshold, summaries, **about)
             self._gate = (ref, gate)
         return self._gate[1]

@@ -16,8 +16,9 @@ from distributed_eg.errors import InputError, StorageError
 from distributed_eg.method.standardize import Statistics, standardize
 
 
-def write_features(path: Path, batches: Iterable[Tensor]) -> int:
-    """Write (rows, num_features) float32 ``batches``; the file appears under ``path`` only when it is whole.
+def write_features(path: Path, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """Write ``batches`` of (rows, num_features) float32 features with their (rows,) int64 class ids; the file appears
+    under ``path`` only when it is whole.
 
     Returns:
         The number of rows.
@@ -35,12 +36,12 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
             with _writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sink = opened.enter_context(pa.OSFile(str(partial), "wb"))
-            for batch in _one_ahead(
-                batches
-            ):  # what this raises is no fault of the scratch folder, even if it is an OSError
+            # What this raises is no fault of the scratch folder, even if it is an OSError.
+            for batch, classes in _one_ahead(batches):
                 values = batch.cpu().numpy()
                 array = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-                record = pa.record_batch([array], names=["features"])
+                columns = [array, pa.array(classes.cpu().numpy(), pa.int64())]
+                record = pa.record_batch(columns, names=["features", "classes"])
                 with _writing(path):
                     writer = writer or pa.ipc.new_file(sink, record.schema)
                     writer.write_batch(record)
@@ -59,9 +60,9 @@ def write_features(path: Path, batches: Iterable[Tensor]) -> int:
     return rows
 
 
-def _one_ahead(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _one_ahead(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, each given when the next one has been begun: a card works while the CPU reads and writes."""
-    before: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
     for batch in batches:
         if before is not None:
             yield before
@@ -91,9 +92,13 @@ class FeatureFile:
     def __init__(self, path: Path, statistics: Statistics | None = None, device: torch.device | str = "cpu") -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         self._views: list[np.ndarray] = []
+        classes: list[np.ndarray] = []
         for i in range(reader.num_record_batches):
             column = reader.get_batch(i).column(0)
             self._views.append(column.flatten().to_numpy(zero_copy_only=True).reshape(len(column), -1))
+            classes.append(reader.get_batch(i).column(1).to_numpy())
+        self.classes = torch.from_numpy(np.concatenate(classes)).to(device)
+        """(rows,) int64 class ids."""
         self._starts = np.cumsum([0, *(len(view) for view in self._views)])
         self._statistics = statistics
         self._device = device

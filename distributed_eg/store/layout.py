@@ -6,8 +6,9 @@
     stream.json                           how far its stream was heard to the end
     statistics.json                       names statistics-<hash>.safetensors
     tasks/00003/task.json                 what arrived as task 3: label, classes, versions, identity of the data
-    tasks/00003/autoencoder.json          names autoencoder-<hash>.safetensors
-    tasks/00003/relatedness.json          the task's row of the relatedness table, and its parent
+    tasks/00003/autoencoder.json          names autoencoder-<hash>.safetensors, and perhaps summary-<hash>.safetensors
+    tasks/00003/relatedness.json          the task's row of the relatedness table, and its parent; names
+                                          held-out-<hash>.safetensors
     tasks/00003/manifest.json             the seal: names the expert and the hashes of all of the above
     tasks/00003/timings.json              who did what for how long; never hashed
     tasks/00003/retirement.json           when the gate did without the task; not there for one that was never retired
@@ -43,7 +44,8 @@ def task_file(task: TaskId, name: str) -> str:
 
 
 def task_weights(task: TaskId, name: str) -> str:
-    """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "expert" or "checkpoint"."""
+    """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "summary", "held-out", "expert" or
+    "checkpoint"."""
     return f"{task_folder(task)}/{name}"
 
 

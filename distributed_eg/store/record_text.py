@@ -15,10 +15,17 @@ REPAIR = (
     "`distributed-eg run … --storage …` command): the stage that made it is run again."
 )
 
+LATER = {"later": True}
+"""Metadata of a record's field that earlier versions did not have, and that is None where it says nothing."""
+
 
 def fields_of(record: Any) -> dict[str, Any]:
-    """A dataclass's fields, not copied as ``asdict`` does: a long run's relatedness has thousands of values."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    """A dataclass's fields, not copied as ``asdict`` does: a long run's relatedness has thousands of values.
+
+    Those that came ``LATER`` are left out where they say nothing: such a record is what earlier versions wrote.
+    """
+    values = ((field, getattr(record, field.name)) for field in fields(record))
+    return {field.name: value for field, value in values if value is not None or field.metadata != LATER}
 
 
 def record_bytes(record: dict[str, Any]) -> bytes:

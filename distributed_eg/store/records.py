@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout
 from distributed_eg.store.decoding import decode
-from distributed_eg.store.record_text import fields_of, record_bytes, repair_of
+from distributed_eg.store.record_text import LATER, fields_of, record_bytes, repair_of
 from distributed_eg.store.storage import Artifact, Storage, artifact_of
 from distributed_eg.types import (
     AutoencoderKind,
@@ -122,13 +122,15 @@ class TaskRecord(RecordOfTask):
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderRecord(RecordOfTask):
-    """A task's sealed autoencoder."""
+    """A task's sealed autoencoder, and the summary of its features."""
 
     name: ClassVar[str] = "autoencoder"
     label: int
     kind: AutoencoderKind
     artifact: Artifact
     num_samples: int
+    summary: Artifact | None = field(default=None, metadata=LATER)
+    """Of the same features, where the gate goes by the shared score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,8 @@ class RelatednessRecord(RecordOfTask):
     unit: RelatednessUnit
     candidates: tuple[TaskId | None, ...]
     errors: tuple[float, ...]
+    held_out: Artifact | None = field(default=None, metadata=LATER)
+    """What the task's held-out images said of the gate; None in runs of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)

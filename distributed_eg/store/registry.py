@@ -27,7 +27,7 @@ from distributed_eg.store.records import (
 )
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.tables import registry_table, relatedness_table
-from distributed_eg.types import AutoencoderKind, TaskId
+from distributed_eg.types import AutoencoderKind, TaskId, Unknown
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,14 @@ class GateRef:
     kind: AutoencoderKind
     statistics: StatisticsRecord
     autoencoders: tuple[tuple[TaskId, Artifact], ...]
-    temp: float
+    temp: float | None
     confidence_threshold: float | None
+    summaries: tuple[Artifact, ...] = ()
+    """Of the same tasks, where it goes by the shared score."""
+    held_out: tuple[Artifact, ...] = ()
+    """What held-out images said of the gate."""
+    unknown: Unknown = "expert"
+    unknown_quantile: float = 0.99
 
 
 @dataclass
@@ -173,6 +179,11 @@ class Registry:
         begun = {record.label: task for task, record in self.arrivals.items() if task not in self.manifests}
         return begun.get(label, max(self.arrivals, default=-1) + 1)
 
+    def weights_of(self, task: TaskId) -> list[Artifact]:
+        """The sealed files of a sealed task's autoencoder, of what goes with it, and of its expert."""
+        named = (*self.autoencoders[task].artifacts, self.relatedness[task].held_out, self.manifests[task].expert)
+        return [artifact for artifact in named if artifact is not None]
+
     def expert_ref(self, task: TaskId) -> ExpertRef:
         """Where a sealed task's expert is."""
         manifest = self.manifests[task]
@@ -187,8 +198,20 @@ class Registry:
         needs."""
         assert self.statistics is not None
         autoencoders = tuple((task, manifest.autoencoder) for task, manifest in sorted(self.active.items()))
-        kind = method.autoencoder.kind
-        return GateRef(kind, self.statistics, autoencoders, method.temp, method.confidence_threshold)
+        newest = [manifest.task for _, manifest in sorted(self.active.items())]
+        summaries = [self.autoencoders[task].summary for task in newest if method.gate_score == "shared"]
+        held_out = [self.relatedness[task].held_out for task in newest]
+        return GateRef(
+            method.autoencoder.kind,
+            self.statistics,
+            autoencoders,
+            method.temp,
+            method.confidence_threshold,
+            tuple(filter(None, summaries)),
+            tuple(filter(None, held_out)),
+            method.unknown,
+            method.unknown_quantile,
+        )
 
     def tables(self) -> tuple[pa.Table, pa.Table]:
         """The registry and the relatedness table, over the sealed tasks."""

@@ -18,7 +18,7 @@ from distributed_eg.store.tables import export_tables, fault_of_export, registry
 from distributed_eg.types import TaskId
 
 _WEIGHTS = re.compile(
-    rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|expert|checkpoint))-[0-9a-f]+\.safetensors"
+    rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|summary|held-out|expert|checkpoint))-[0-9a-f]+\.safetensors"
 )
 _EXPORTS = (layout.REGISTRY_TABLE, layout.RELATEDNESS_TABLE)
 _REBUILT = (
@@ -195,11 +195,14 @@ def _forgotten(found: records.StoredRecords, *, only_swept: bool = False) -> set
         for record in known
         if isinstance(record, records.RetirementRecord) and record.is_retired and (record.is_swept or not only_swept)
     }
+    gone = {m.task for m in manifests.values() if m.versions[0] in retired and (only_swept or m.task not in needed)}
     return {
         artifact.path
-        for manifest in manifests.values()
-        if manifest.versions[0] in retired and (only_swept or manifest.task not in needed)
-        for artifact in (manifest.autoencoder, manifest.expert)
+        for record in known
+        if isinstance(record, records.AutoencoderRecord | records.RelatednessRecord | records.TaskManifest)
+        if record.task in gone
+        for artifact in record.artifacts
+        if not artifact.path.endswith(".json")
     }
 
 

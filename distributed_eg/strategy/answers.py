@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distributed_eg.config import MethodConfig
 from distributed_eg.errors import InputError
-from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
+from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY, with_abstentions
 from distributed_eg.method.image_transform import ImageReader
 from distributed_eg.runtime.messages import EvaluatePart, EvaluateRequest, GateAndExperts, PartAnswer
 from distributed_eg.runtime.run import Run
@@ -80,7 +80,7 @@ def ask_workers(
         of_whole = [next(told)]
         while of_whole[-1][0].last < whole.last:
             of_whole.append(next(told))
-        found.append(Answers(of_whole, highest + 1))
+        found.append(Answers(of_whole, highest + 1, abstains=method.unknown == "abstain"))
     return found
 
 
@@ -128,14 +128,16 @@ def _requests(
 class Answers:
     """The workers' answers for one experience, handed out in the order of its samples."""
 
-    def __init__(self, told: Sequence[tuple[EvaluatePart, PartAnswer]], width: int) -> None:
+    def __init__(self, told: Sequence[tuple[EvaluatePart, PartAnswer]], width: int, *, abstains: bool = False) -> None:
         self._results = [answer for _, answer in told]
-        self._width = width
+        # The root's own outputs may be more.
+        self._width = max(width, *(1 + max(answer.classes.tolist(), default=0) for answer in self._results))
+        self._abstains = abstains
         self._position = 0
-        columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions] for r in self._results]
-        self._targets, tasks, confidences, predictions = (torch.cat(column) for column in zip(*columns, strict=True))
+        columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions, r.strangeness] for r in self._results]
+        self._targets, tasks, *others = (torch.cat(column) for column in zip(*columns, strict=True))
         right = torch.tensor([task for part, _ in told for task in part.right_tasks])
-        self._routed = RoutedBatch(tasks, right, confidences, predictions)
+        self._routed = RoutedBatch(tasks, right, *others)
 
     def take(self, targets: Tensor) -> tuple[Tensor, RoutedBatch]:
         """Outputs (n, width) and routing of the next samples.
@@ -162,4 +164,5 @@ class Answers:
                 ]
             start += len(result.targets)
         self._position = rows.stop
-        return outputs, RoutedBatch(*(column[rows] for column in self._routed))
+        routed = RoutedBatch(*(column[rows] for column in self._routed))
+        return with_abstentions(outputs, routed.tasks) if self._abstains else outputs, routed

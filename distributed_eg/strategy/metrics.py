@@ -28,7 +28,7 @@ from torch import Tensor
 from distributed_eg.errors import InputError
 from distributed_eg.strategy.avalanche_types import LabelledDataset, Metric, Plugin, Template
 
-Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence"]
+Quantity = Literal["Gate_Acc", "Expert_Acc", "EndToEnd_Acc", "Gate_Confidence", "Gate_Unknown"]
 Level = Literal["experience", "stream"]
 _ALWAYS: tuple[Quantity, ...] = ("Gate_Acc", "Expert_Acc", "EndToEnd_Acc")
 
@@ -51,6 +51,8 @@ class RoutedBatch(NamedTuple):
     """The gate's confidence in its choice."""
     expert_predictions: Tensor
     """The class id that the right task's expert predicts; −1 where there is none."""
+    strangeness: Tensor
+    """How strange the sample is to the tasks: above 1 it is unknown; NaN where that cannot be told."""
 
 
 class RoutingMetric(GenericPluginMetric[float, Mean]):
@@ -59,7 +61,9 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
     ``Gate_Acc``: the gate chose the right task. ``Expert_Acc``: the right task's expert predicts the right class
     (oracle gate). ``EndToEnd_Acc``: both the gate and its expert are right; a sample sent to the wrong expert is wrong
     even when the class id happens to match. Samples of tasks that were never trained count as wrong.
-    ``Gate_Confidence``: the gate's confidence in the expert that it chose.
+    ``Gate_Confidence``: the gate's confidence in the expert that it chose. ``Gate_Unknown``: the share of samples that
+    are strange to every task; where these are not sent to the nearest expert, ``Gate_Acc`` is right about one that
+    belongs to no trained task.
     """
 
     def __init__(self, quantity: Quantity, level: Level) -> None:
@@ -78,6 +82,7 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
             "Expert_Acc": routed.expert_predictions == targets,
             "EndToEnd_Acc": (routed.tasks == routed.right_tasks) & (predictions == targets),
             "Gate_Confidence": routed.confidences,
+            "Gate_Unknown": routed.strangeness > 1,
         }
         self._metric.update(values[self.quantity].double().mean().item(), len(targets))
 
@@ -134,6 +139,52 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
         return "Gate_ConfusionMatrix_Stream"
 
 
+class UnknownAUROC(PluginMetric[float]):
+    """How well strangeness parts the samples of an evaluated stream that belong to no trained task from the others: the
+    area under the receiver operating characteristic; silent where there are none of either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._strangeness: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self._strangeness = {True: [], False: []}
+
+    def result(self) -> float | None:
+        """The share of pairs of one of no task and one of a task of which the former is stranger; ties count half."""
+        if not all(self._strangeness.values()):
+            return None
+        strange, known = (torch.cat(parts).double() for _, parts in sorted(self._strangeness.items(), reverse=True))
+        if not len(strange) or not len(known) or bool(torch.cat([strange, known]).isnan().any()):
+            return None
+        known = known.sort().values
+        below, upto = (torch.searchsorted(known, strange, right=right).double() for right in (False, True))
+        return float((below + upto).mean() / 2 / len(known))
+
+    def before_eval(self, strategy: Template) -> None:
+        """A stream begins."""
+        self.reset()
+
+    def after_eval_iteration(self, strategy: Template) -> None:
+        """Take the current mini-batch in."""
+        routed: RoutedBatch | None = getattr(strategy, "routed", None)
+        if routed is not None:
+            for is_strange, parts in self._strangeness.items():
+                parts.append(routed.strangeness[(routed.right_tasks < 0) == is_strange])
+
+    def after_eval(self, strategy: Template) -> MetricResult:
+        """A stream has ended: say the area."""
+        area = self.result()
+        if area is None:
+            return None
+        name = get_metric_name(self, strategy, add_experience=False, add_task=False)
+        return [MetricValue(self, name, area, strategy.clock.train_iterations)]
+
+    def __str__(self) -> str:
+        return "Gate_UnknownAUROC_Stream"
+
+
 def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[Metric]:
     """The method's metrics, each per experience and for the stream as asked, with the gate's confusion matrix.
 
@@ -143,7 +194,7 @@ def gate_metrics(*, experience: bool = True, stream: bool = True) -> list[Metric
     asked: dict[Level, bool] = {"experience": experience, "stream": stream}
     levels = [level for level, wanted in asked.items() if wanted]
     metrics: list[Metric] = [RoutingMetric(quantity, level) for quantity in get_args(Quantity) for level in levels]
-    return [*metrics, GateConfusionMatrix()] if stream else metrics
+    return [*metrics, GateConfusionMatrix(), UnknownAUROC()] if stream else metrics
 
 
 class GateReporter(Plugin):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from avalanche.models import DynamicModule, IncrementalClassifier
 from torch import Tensor, nn
 
 from distributed_eg import given
@@ -24,41 +22,22 @@ from distributed_eg.method.backbone import (
     torch_device,
     weights_text,
 )
+from distributed_eg.method.calibration import Calibration
 from distributed_eg.method.expert import logits_of
 from distributed_eg.method.gate import Routing
-from distributed_eg.method.head import find_head, require_copies, set_head
+from distributed_eg.method.head import find_head, require_copies
 from distributed_eg.method.image_transform import given_transform
 from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.store.weights import map_tensors
+from distributed_eg.strategy.networks import with_plain_head
 from distributed_eg.strategy.predictions import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
-from distributed_eg.types import AutoencoderKind, TaskId
+from distributed_eg.types import AutoencoderKind, GateScore, TaskId
 
 _DEFAULT_LAYER = "features"
-
-
-def _with_plain_head(network: nn.Module) -> nn.Module:
-    """The network; a copy with a plain linear head where it has Avalanche's growing one, for each expert has a head of
-    its task's classes anyway.
-
-    Raises:
-        BackboneError: another layer changes itself from task to task, or asks for task labels.
-    """
-    changing = {name: module for name, module in network.named_modules() if isinstance(module, DynamicModule)}
-    for name, module in changing.items():
-        if type(module) is not IncrementalClassifier or not name:
-            raise BackboneError(
-                f"{name or 'The backbone'} is a {type(module).__name__}, which changes with the tasks or asks for task "
-                "labels; here every task has an expert of its own: put an nn.Linear in its place."
-            )
-    if changing:
-        network = copy.deepcopy(network)
-        for name in changing:
-            set_head(network, name, network.get_submodule(f"{name}.classifier"))
-    return network
 
 
 class ExpertGate(nn.Module):
@@ -83,6 +62,7 @@ class ExpertGate(nn.Module):
         weights: instead of the default weights, a torchvision weights enum member or its name, or the path of a state
             dict.
         autoencoder: "sgd", the paper's, or "linear", closed form: no learning rate, no epochs, no seed.
+        gate_score: "residual", the paper's, or "shared": distances to classes under one covariance; better and faster.
         seed: of random weights.
 
     Raises:
@@ -101,6 +81,7 @@ class ExpertGate(nn.Module):
         head: str | None = None,
         weights: Weights = None,
         autoencoder: AutoencoderKind = "sgd",
+        gate_score: GateScore = "residual",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,6 +95,7 @@ class ExpertGate(nn.Module):
         if self.custom and self.weights is not None:
             raise BackboneError(f"weights={self.weights!r} is for networks by name: load them into your {self.arch}.")
         self.autoencoder: AutoencoderKind = AutoencoderConfig(kind=autoencoder).kind
+        self.gate_score: GateScore = MethodConfig(gate_score=gate_score).gate_score
         self.seed = given.seed(seed)
         device = torch_device(device)
         output_layer_name = given.text(output_layer_name, "output_layer_name")
@@ -126,7 +108,7 @@ class ExpertGate(nn.Module):
                 image_size=self.shape[1],
             )
         else:
-            root = _with_plain_head(arch).eval()
+            root = with_plain_head(arch).eval()
         self.head = find_head(root, self.shape, None if head is None else given.text(head, "head"))
         self.named_head = head is not None
         if self.custom:
@@ -141,11 +123,11 @@ class ExpertGate(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: where the root network's parameters are."""
+        """Where the root network's parameters are."""
         return next(self.expert.parameters()).device
 
     def train(self, mode: bool = True) -> ExpertGate:
-        """As in torch, but the root network stays in eval mode: it is a template, and the backbone."""
+        """As in torch, but the root network, which is a template, stays in eval mode."""
         super().train(mode)
         self.expert.eval()
         return self
@@ -188,6 +170,7 @@ class ExpertGate(nn.Module):
             output_layer_name=backbone["feature_layer"],
             head=backbone.get("head"),
             autoencoder=method.autoencoder.kind,
+            gate_score=method.gate_score,
         )
         # It is the run's: a strategy over it goes on with the run.
         model.weights, model.pretrained_flag = backbone["weights"], backbone["pretrained"]
@@ -199,15 +182,13 @@ class ExpertGate(nn.Module):
             which = "The network given"
             if arch is None:
                 which = f"The {model.arch} of the torchvision that is installed"
-            raise BackboneError(
-                f"{which} for {storage.shown!r} is another one than the run was trained with."
-            ) from error
+            says = f"{which} for {storage.shown!r} is another one than the run was trained with."
+            raise BackboneError(says) from error
         registry = Registry.read(storage)
         if not registry.manifests:
             raise StorageError(f"The run {storage.shown!r} holds no finished task yet.")
-        reader = ExpertReader(
-            partial(map_tensors, storage), model.expert, model.head, max_resident_experts, model.device
-        )
+        of_model = model.expert, model.head, max_resident_experts, model.device
+        reader = ExpertReader(partial(map_tensors, storage), *of_model)
         gate = reader.gate(registry.gate_ref(method))
         model.attach(Predictor(gate, registry.expert_refs(), reader, identity["threads"], notes_of(registry)))
         return model.eval()
@@ -223,6 +204,11 @@ class ExpertGate(nn.Module):
     def attach(self, predictor: Predictor) -> None:
         """Take the gate over all tasks trained so far, and where their experts are read from on demand."""
         self._predictor = predictor
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The gate's temperature, and how far its confidences are off; None before training, and of a state dict's."""
+        return None if self._predictor is None else self._predictor.gate.calibration
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate and predict.
@@ -269,7 +255,7 @@ class ExpertGate(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has a gate and experts."""
+        """Whether it has a gate."""
         return self._predictor is not None
 
     @property
@@ -318,7 +304,11 @@ class ExpertGate(nn.Module):
         return {} if self._predictor is None else self._predictor.tensors(self.autoencoder)
 
     def _take(self, state: dict[str, Tensor], prefix: str) -> Predictor | None:
-        return take_predictor(state, prefix, self.expert, self.head, self.autoencoder, self.device, self.feature_shape)
+        of_model = self.expert, self.head, self.autoencoder, self.device, self.feature_shape
+        predictor = take_predictor(state, prefix, *of_model)
+        if predictor is not None:
+            self.gate_score = "shared" if predictor.gate.summaries else "residual"
+        return predictor
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """The root network's tensors, and after training the gate's and every expert's."""

@@ -19,7 +19,7 @@ from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
 from distributed_eg.method.image_transform import ImageReader
 from distributed_eg.store.decoding import decode
 from distributed_eg.store.registry import Registry
-from distributed_eg.types import ImageTransform, TaskId
+from distributed_eg.types import NOBODY, ImageTransform, TaskId
 
 Images: TypeAlias = "Tensor | Image | str | os.PathLike[str] | Iterable[Tensor | Image | str | os.PathLike[str]]"
 """A batch of tensors or one, as ``ExpertGate.forward`` takes them; images of Pillow's; files; several of them."""
@@ -29,12 +29,13 @@ Images: TypeAlias = "Tensor | Image | str | os.PathLike[str] | Iterable[Tensor |
 class Prediction:
     """What a run says of an image. Names are None where nobody said them."""
 
-    class_id: int
+    class_id: int | None
+    """None where nobody answers; without a task an output of the root network."""
     class_name: str | None
     confidence: float
     """Probability of the class, by the experts that answered."""
-    task: TaskId
-    """Where the gate sent the image."""
+    task: TaskId | None
+    """Where the gate sent the image; None where it is strange to all tasks, and not theirs to answer for."""
     task_confidence: float
     """The gate's, over all tasks."""
     second_class_id: int | None
@@ -191,7 +192,10 @@ def predictions(
     names = {task: of_task.names for task, of_task in notes.items()}
     anywhere = {c: name for of_task in names.values() for c, name in of_task.items()}
     for task, confidence, row in zip(tasks.tolist(), confidences.tolist(), log_probabilities.cpu(), strict=True):
-        own = names[task]
+        if task == NOBODY and not bool((row > ABSENT_LOG_PROBABILITY).any()):
+            found.append(Prediction(None, None, 0.0, None, confidence, None, None, None))
+            continue
+        own = names.get(task, {})
         known = (row > ABSENT_LOG_PROBABILITY) | torch.isin(classes, torch.tensor(list(own)))
         best = int(row.argmax())
         others = row.masked_fill(~known, -torch.inf)
@@ -200,10 +204,11 @@ def predictions(
         choices = []
         for place in (best, second):
             c = None if place is None else int(classes[place])
-            name = None if c is None else own.get(c, anywhere.get(c))
+            name = None if c is None or task == NOBODY else own.get(c, anywhere.get(c))
             choices.append((c, name, None if place is None else float(row[place].exp())))
         (first_id, first_name, first_confidence), rest = choices
         assert first_id is not None
         assert first_confidence is not None
-        found.append(Prediction(first_id, first_name, first_confidence, task, confidence, *rest))
+        sent = None if task == NOBODY else task
+        found.append(Prediction(first_id, first_name, first_confidence, sent, confidence, *rest))
     return found

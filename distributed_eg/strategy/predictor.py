@@ -6,22 +6,32 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from distributed_eg.errors import InputError
 from distributed_eg.method.autoencoder import autoencoder_from_tensors
-from distributed_eg.method.gate import Gate, Routing, combine_experts, make_gate
+from distributed_eg.method.gate import (
+    Expert,
+    Gate,
+    Routing,
+    combine_experts,
+    expert_of_root,
+    make_gate,
+    with_abstentions,
+)
 from distributed_eg.method.standardize import Statistics
+from distributed_eg.method.summary import TaskSummary
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import ExpertRef
 from distributed_eg.strategy.predictions import Prediction, TaskNotes, notes_as_tensor, notes_from_tensor, predictions
-from distributed_eg.types import AutoencoderKind, TaskId
+from distributed_eg.types import NOBODY, AutoencoderKind, TaskId, Unknown
 
 _PREFIX = "run."
+_OF_GATE = ("autoencoders.", "summaries.")
 _IN_MEMORY = 4
 """Experts built at a time where all of their tensors are held anyway."""
 
@@ -48,13 +58,21 @@ class Predictor:
         """Where each image goes, and log-probabilities (n, highest class id + 1) of the experts that answer for it."""
         with self._alike(images):
             width = 1 + max(max(ref.classes) for ref in self.experts.values())
+            root = expert_of_root(self.reader.root, images.shape[1:]) if self.gate.unknown == "root" else None
             routing = self.gate.route(features_of(images))
-            weights = self.gate.answering(routing)
-            return routing, combine_experts(images, weights, lambda task: self.reader.expert(self.experts[task]), width)
+
+            def expert_of(task: TaskId) -> Expert:
+                return root if root is not None and task == NOBODY else self.reader.expert(self.experts[task])
+
+            width = width if root is None else max(width, len(root.classes))
+            answer = combine_experts(images, self.gate.answering(routing), expert_of, width)
+            return routing, with_abstentions(answer, routing.tasks) if self.gate.unknown == "abstain" else answer
 
     def predict(self, images: Tensor, features_of: FeaturesOf) -> list[Prediction]:
         """What each image shows."""
         routing, log_probabilities = self.answer(images, features_of)
+        if self.gate.unknown == "abstain":
+            log_probabilities = log_probabilities[:, :-1]
         classes = torch.arange(log_probabilities.shape[1])
         return predictions(routing.tasks, routing.confidences.max(1).values, classes, log_probabilities, self.notes)
 
@@ -77,7 +95,7 @@ class Predictor:
     def to(self, device: torch.device, root: nn.Module) -> Predictor:
         """The same on another device, where ``root`` is already."""
         gate = self.gate
-        moved = Gate(gate.tasks, gate.autoencoders, gate.statistics.to(device), gate.temp, gate.confidence_threshold)
+        moved = replace(gate, statistics=gate.statistics.to(device))
         return replace(self, gate=moved, reader=self.reader.to(device, root))
 
     def tensors(self, kind: AutoencoderKind) -> dict[str, Tensor]:
@@ -85,12 +103,18 @@ class Predictor:
         gate, statistics = self.gate, self.gate.statistics
         threshold = -1.0 if gate.confidence_threshold is None else gate.confidence_threshold
         found: dict[str, Tensor] = {
-            "settings": torch.tensor([gate.temp, threshold, self.threads, kind == "linear"], dtype=torch.float64),
+            "settings": torch.tensor(
+                [gate.temp, threshold, self.threads, kind == "linear", get_args(Unknown).index(gate.unknown)],
+                dtype=torch.float64,
+            ),
+            "limits": torch.tensor(gate.limits, dtype=torch.float64),
             "statistics.mean": statistics.mean,
             "statistics.std": statistics.std,
             "statistics.num_samples": torch.tensor(statistics.num_samples),
             "notes": notes_as_tensor(self.notes),
         }
+        for task, summary in zip(gate.tasks, gate.summaries, strict=bool(gate.summaries)):
+            found |= {f"summaries.{task}.{name}": value for name, value in summary.tensors().items()}
         for task, autoencoder in zip(gate.tasks, gate.autoencoders, strict=True):
             found |= {f"autoencoders.{task}.{name}": value for name, value in autoencoder.tensors().items()}
             ref = self.experts[task]
@@ -120,13 +144,13 @@ def take_predictor(
         return None
     tasks = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("classes."))
     needed = ["settings", "statistics.mean", "statistics.std", "statistics.num_samples"]
-    fields = {name.split(".", 2)[2] for name in tensors if name.startswith("autoencoders.")}
+    fields = {(name.split(".")[0], name.split(".", 2)[2]) for name in tensors if name.startswith(_OF_GATE)}
     for task in tasks:
-        needed += [f"autoencoders.{task}.{name}" for name in fields]
+        needed += [f"{what}.{task}.{name}" for what, name in fields]
         needed += [f"experts.{task}.{name}" for name in root.state_dict()]
     if missing := [_PREFIX + name for name in needed if name not in tensors]:
         raise InputError(f"The state dict is incomplete: {len(missing)} tensors are missing, such as {missing[0]!r}.")
-    temp, threshold, threads, linear = tensors["settings"].tolist()
+    temp, threshold, threads, linear, *rest = tensors["settings"].tolist()
     stored: AutoencoderKind = "linear" if linear else "sgd"
     if stored != kind:
         raise InputError(f"The state dict holds {stored!r} autoencoders; build ExpertGate(autoencoder={stored!r}).")
@@ -140,7 +164,13 @@ def take_predictor(
     statistics = Statistics(mean, std, int(tensors["statistics.num_samples"]))
     states = {task: _below(tensors, f"experts.{task}.") for task in tasks}
     experts = {task: ExpertRef(task, tuple(tensors[f"classes.{task}"].tolist())) for task in tasks}
-    gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold)
+    summaries = None
+    if any(what == "summaries" for what, _ in fields):
+        summaries = {task: TaskSummary(**_below(tensors, f"summaries.{task}.")) for task in tasks}
+    # Earlier versions did not have what follows.
+    limits = tuple(tensors["limits"].tolist()) if "limits" in tensors else ()
+    about = {"limits": limits, "unknown": get_args(Unknown)[int(rest[0]) if rest else 0]}
+    gate = make_gate(autoencoders, statistics, temp, None if threshold < 0 else threshold, summaries, **about)
     reader = ExpertReader(states.__getitem__, root, head, _IN_MEMORY, device)
     unknown = {task: TaskNotes(ref.classes, (None,) * len(ref.classes), None) for task, ref in experts.items()}
     notes = notes_from_tensor(tensors["notes"]) if "notes" in tensors else unknown  # as earlier versions saved them

@@ -38,7 +38,7 @@ from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.single_expert import SingleExpert
 from distributed_eg.strategy.training.trainer import StrategyTrainer
-from distributed_eg.types import OnRepeat
+from distributed_eg.types import OnRepeat, Unknown
 
 
 class ExpertGateStrategy(RunHolder):
@@ -69,7 +69,7 @@ class ExpertGateStrategy(RunHolder):
         ae_train_epochs: int = 2,
         ae_latent_dim: int = 100,
         ae_lr: float = 1e-3,
-        temp: float = 2,
+        temp: float | None = None,
         rel_thresh: float = 0.85,
         ae_optimizer: AutoencoderOptimizer = "sgd",
         cluster: ClusterConfig | None = None,
@@ -77,6 +77,8 @@ class ExpertGateStrategy(RunHolder):
         distillation_weight: float = 1.0,
         distillation_temp: float = 2.0,
         confidence_threshold: float | None = None,
+        unknown: Unknown = "expert",
+        unknown_quantile: float = 0.99,
         validation_fraction: float = 0.1,
         freeze_norm: bool = True,
         on_repeat: OnRepeat = "continue",
@@ -106,7 +108,7 @@ class ExpertGateStrategy(RunHolder):
             ae_train_epochs: epochs of an autoencoder's training.
             ae_latent_dim: hidden units of an autoencoder.
             ae_lr: learning rate of an autoencoder's training.
-            temp: temperature of the gate's softmax.
+            temp: temperature of the gate's softmax, the paper's is 2; None: fitted to held-out images.
             rel_thresh: relatedness above which an expert learns without forgetting from its parent.
             ae_optimizer: "sgd" (momentum 0.9), "adagrad" or "adam".
             cluster: where to run; None is Ray on this machine.
@@ -114,6 +116,9 @@ class ExpertGateStrategy(RunHolder):
             distillation_weight: λ of learning without forgetting.
             distillation_temp: its temperature.
             confidence_threshold: experts that are at least this confident answer together; None: the best alone.
+            unknown: who answers for images that are strange to every task: the nearest "expert", the "root" network by
+                its own outputs, or nobody ("abstain": outputs get a last column for none of the classes).
+            unknown_quantile: share of its own held-out images that a task is to know.
             validation_fraction: share of a task's samples that relatedness is measured on.
             freeze_norm: keep running statistics of batch normalisation as the parent has them.
             on_repeat: what a label that comes again means: "continue" trains the next version of its task from its own
@@ -154,9 +159,12 @@ class ExpertGateStrategy(RunHolder):
         checks.check_optimizer(optimizer, model)
         self.method = MethodConfig(
             autoencoder=autoencoder,
+            gate_score=model.gate_score,
             temp=temp,
             rel_thresh=rel_thresh,
             confidence_threshold=confidence_threshold,
+            unknown=unknown,
+            unknown_quantile=unknown_quantile,
             distillation_weight=distillation_weight,
             distillation_temp=distillation_temp,
             freeze_norm=freeze_norm,

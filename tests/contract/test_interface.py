@@ -79,7 +79,8 @@ class TestSignatures:
     def test_defaults_and_kinds_of_the_strategys(self, name: str) -> None:
         ours = inspect.signature(ExpertGateStrategy.__init__).parameters[name]
         theirs = inspect.signature(TheirStrategy.__init__).parameters[name]
-        assert same_default(ours.default, theirs.default)
+        # Fitted to held-out images where nobody gives one: the paper's 2 makes the gate sure of everything.
+        assert (ours.default is None) if name == "temp" else same_default(ours.default, theirs.default)
         assert ours.kind is theirs.kind
 
     def test_what_we_add_is_optional_and_by_name(self) -> None:

@@ -133,7 +133,7 @@ def test_routing_changes_no_feature() -> None:
 
 def routed(confidences: list[list[float]], tasks: Sequence[int] = (0, 1, 2)) -> Routing:
     table = torch.tensor(confidences)
-    return Routing(torch.tensor(tasks)[table.argmax(1)], table, -2 * table.log())
+    return Routing(torch.tensor(tasks)[table.argmax(1)], table, -2 * table.log(), torch.zeros(len(table)))
 
 
 def test_without_a_threshold_the_chosen_expert_answers_alone() -> None:

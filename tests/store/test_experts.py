@@ -204,7 +204,8 @@ def test_the_gate_is_the_one_that_was_built_by_hand(
     features = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(5))
     found, expected = read.route(features), by_hand.route(features)
     assert len(expected.tasks.unique()) > 1, "a test in which one task takes all would prove little"
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(found[:3], expected[:3], strict=True))
+    assert bool(found.strangeness.isnan().all())  # nobody noted what was held out
     answering, expected_answering = read.answering(found), by_hand.answering(expected)
     assert answering.keys() == expected_answering.keys()
     assert all(torch.equal(weights, expected_answering[task]) for task, weights in answering.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,21 @@ from distributed_eg.store.features import FeatureFile, write_features
 
 WIDTH = 5
 ROWS = torch.randn(23, WIDTH, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.arange(23) % 4
 STATISTICS = Statistics(torch.linspace(-1, 1, WIDTH), torch.linspace(0.5, 2, WIDTH), 23)
+
+
+def numbered(batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose rows are all of class 0."""
+    return ((batch, torch.zeros(len(batch), dtype=torch.int64)) for batch in batches)
 
 
 @pytest.fixture(params=[(23,), (1,) * 23, (7, 7, 7, 2), (1, 20, 2)], ids=str)
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A file of ``ROWS``, written in batches of these sizes."""
     path = tmp_path / "scratch" / "00001-train.arrow"
-    assert write_features(path, torch.split(ROWS, list(request.param))) == len(ROWS)
+    parts = [torch.split(values, list(request.param)) for values in (ROWS, CLASSES)]
+    assert write_features(path, zip(*parts, strict=True)) == len(ROWS)
     return path
 
 
@@ -31,6 +38,7 @@ def test_all_rows_come_out_as_they_were(path: Path) -> None:
     file = FeatureFile(path)
     assert len(file) == len(ROWS)
     assert torch.equal(file.rows(range(len(ROWS))), ROWS)
+    assert torch.equal(file.classes, CLASSES)
 
 
 @pytest.mark.parametrize("size", [1, 3, 22, 23, 24, 1000])
@@ -76,7 +84,7 @@ def test_the_file_may_be_removed_while_it_is_mapped(path: Path) -> None:
 
 def test_the_file_may_be_written_again_while_it_is_mapped(path: Path) -> None:
     file = FeatureFile(path)
-    write_features(path, [ROWS[:3] + 1])
+    write_features(path, [(ROWS[:3] + 1, CLASSES[:3])])
     assert torch.equal(file.rows(range(23)), ROWS)
     assert torch.equal(FeatureFile(path).rows(range(3)), ROWS[:3] + 1)
 
@@ -88,16 +96,16 @@ def test_a_row_that_is_not_there_is_an_index_error(path: Path, index: int) -> No
 
 
 def test_any_layout_in_memory_is_written_the_same(tmp_path: Path) -> None:
-    write_features(tmp_path / "a.arrow", [ROWS])
-    write_features(tmp_path / "b.arrow", [ROWS.T.contiguous().T])
+    write_features(tmp_path / "a.arrow", numbered([ROWS]))
+    write_features(tmp_path / "b.arrow", numbered([ROWS.T.contiguous().T]))
     wide = torch.cat([ROWS, ROWS], dim=1)
-    write_features(tmp_path / "c.arrow", [wide[:, :WIDTH]])
+    write_features(tmp_path / "c.arrow", numbered([wide[:, :WIDTH]]))
     assert len({(tmp_path / f"{name}.arrow").read_bytes() for name in "abc"}) == 1
 
 
 def test_values_that_are_no_numbers_keep_their_bits(tmp_path: Path) -> None:
     rows = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]])
-    write_features(tmp_path / "a.arrow", [rows])
+    write_features(tmp_path / "a.arrow", numbered([rows]))
     found = FeatureFile(tmp_path / "a.arrow").rows([0])
     assert torch.equal(found.view(torch.int32), rows.view(torch.int32))
 
@@ -111,7 +119,7 @@ def _batches_that_end_in(error: BaseException) -> Iterator[Tensor]:
 def test_a_batch_that_raises_leaves_no_file_and_the_error_as_it_is(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "00001-train.arrow"
     with pytest.raises(type(error)) as caught:
-        write_features(path, _batches_that_end_in(error))
+        write_features(path, numbered(_batches_that_end_in(error)))
     assert caught.value is error
     assert list(tmp_path.iterdir()) == []
 
@@ -125,15 +133,15 @@ def test_a_file_is_not_visible_before_it_is_whole(tmp_path: Path) -> None:
             yield part
         assert not path.exists()
 
-    write_features(path, batches())
+    write_features(path, numbered(batches()))
     assert torch.equal(FeatureFile(path).rows(range(23)), ROWS)
 
 
 def test_a_second_attempt_that_fails_leaves_the_first_ones_file(tmp_path: Path) -> None:
     path = tmp_path / "00001-train.arrow"
-    write_features(path, [ROWS])
+    write_features(path, numbered([ROWS]))
     with pytest.raises(ValueError, match="damaged"):
-        write_features(path, _batches_that_end_in(ValueError("damaged")))
+        write_features(path, numbered(_batches_that_end_in(ValueError("damaged"))))
     assert torch.equal(FeatureFile(path).rows(range(23)), ROWS)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
@@ -143,11 +151,11 @@ def test_parts_of_several_tasks_may_be_written_at_once(tmp_path: Path) -> None:
 
     def nested() -> Iterator[Tensor]:
         yield ROWS[:4]
-        write_features(tmp_path / "00001-valid.arrow", [ROWS[10:]])
-        write_features(tmp_path / "00002-train.arrow", [ROWS[20:]])
+        write_features(tmp_path / "00001-valid.arrow", numbered([ROWS[10:]]))
+        write_features(tmp_path / "00002-train.arrow", numbered([ROWS[20:]]))
         yield ROWS[4:]
 
-    write_features(tmp_path / "00001-train.arrow", nested())
+    write_features(tmp_path / "00001-train.arrow", numbered(nested()))
     found = [FeatureFile(tmp_path / f"{name}.arrow") for name in ("00001-train", "00001-valid", "00002-train")]
     assert [len(file) for file in found] == [23, 13, 3]
 
@@ -158,17 +166,17 @@ def test_two_attempts_at_the_same_file_do_not_spoil_each_other(tmp_path: Path) -
 
     def overtaken() -> Iterator[Tensor]:
         yield ROWS[:4]
-        write_features(path, [ROWS])
+        write_features(path, numbered([ROWS]))
         yield ROWS[4:]
 
-    write_features(path, overtaken())
+    write_features(path, numbered(overtaken()))
     assert torch.equal(FeatureFile(path).rows(range(23)), ROWS)
 
 
 def test_a_scratch_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "scratch").write_text("")
     with pytest.raises(StorageError, match="scratch"):
-        write_features(tmp_path / "scratch" / "00001-train.arrow", [ROWS])
+        write_features(tmp_path / "scratch" / "00001-train.arrow", numbered([ROWS]))
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +185,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StorageError, match="No space left") as caught:
-        write_features(tmp_path / "00001-train.arrow", [ROWS])
+        write_features(tmp_path / "00001-train.arrow", numbered([ROWS]))
     assert str(tmp_path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -110,7 +110,7 @@ class TestAfterTraining:
     @KINDS
     def test_the_gate_answers_with_a_row_a_sample(self, trained: ExpertGate) -> None:
         routing = trained.gate(images_of())
-        assert routing._fields == ("tasks", "confidences", "errors")
+        assert routing._fields == ("tasks", "confidences", "errors", "strangeness")
         assert routing.tasks.shape == (18,)
         assert routing.tasks.dtype == torch.int64
         assert routing.confidences.shape == routing.errors.shape == (18, 3)

@@ -50,6 +50,7 @@ NUMBERS = {
     "distillation_weight": 0.5,
     "distillation_temp": 4,
     "validation_fraction": 0.25,
+    "unknown_quantile": 0.75,
 }
 SGD_ONLY = {"ae_train_mb_size": 8, "ae_train_epochs": 1, "ae_lr": 0.125}
 
@@ -82,6 +83,7 @@ NAMED = {
     "seed": [True, 1.0, "8", None, 2**70],
     "ae_optimizer": ["", "SGD", torch.optim.SGD, None],
     "on_repeat": ["", None, ["continue"], np.array(["continue", "error"])],
+    "unknown": ["", None, "nobody", ["expert"]],
     "freeze_norm": ["False", None, 2],
     "confidence_threshold": ["0.5", 0, True],
     "device": ["", "gpu", True, -1, ["cpu"], 1.5],
@@ -140,6 +142,7 @@ MODEL: dict[str, list[Any]] = {
     "output_layer_name": ["", None, 3, ["features"]],
     "weights": ["", 3, True, {"head.weight": torch.rand(2)}, ResNet18_Weights, b"w.pt", ["w.pt"]],
     "autoencoder": ["", None, "Linear", ["linear"]],
+    "gate_score": ["", None, "Shared", ["shared"]],
     "seed": [1.0, "3", None, True, 2**70],
     "head": ["", 3, ["head"]],
 }

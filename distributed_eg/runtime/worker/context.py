@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from distributed_eg.errors import InputError, StoppedError, StorageError
 from distributed_eg.method.backbone import Backbone
 from distributed_eg.method.expert import blank
+from distributed_eg.method.gate import Expert, expert_of_root
 from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import GateAndExperts, TaskData, TaskInput, WorkerSetup
 from distributed_eg.runtime.shipping import Shipped
@@ -52,6 +53,7 @@ class WorkerContext:
             partial(map_tensors, self.storage), self.root, setup.head, setup.cluster.max_resident_experts, device
         )
         self._known: tuple[Shipped, GateAndExperts] | None = None
+        self._root_expert: Expert | None = None
         self.scratch = setup.scratch_folder
         self.stopping = threading.Event()
         """Set once the driver has been told to stop; what runs looks at it between batches."""
@@ -69,6 +71,12 @@ class WorkerContext:
         except RuntimeError as error:
             raise StorageError(f"The root {artifact.path!r} does not fit this run's backbone: {error}") from error
         return network
+
+    def root_expert(self) -> Expert:
+        """The root network as an expert for its own outputs, numbered from 0; it stays in memory."""
+        if self._root_expert is None:
+            self._root_expert = expert_of_root(self.load_root().to(self.device).eval(), self.setup.shape)
+        return self._root_expert
 
     def known(self, shipped: Shipped) -> GateAndExperts:
         """What an evaluation chooses among; its requests, one an experience, all bring the same."""
@@ -115,7 +123,7 @@ class WorkerContext:
         what = f"task {task_input.record.task} (label {task_input.record.label})"
         allowed = torch.tensor(task_input.record.classes)
 
-        def batches() -> Iterator[Tensor]:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for images, targets in self.batches(Reader(dataset, what)):
                 strangers = targets[~torch.isin(targets.cpu(), allowed)]
                 if len(strangers):
@@ -123,7 +131,7 @@ class WorkerContext:
                         f"The targets of {what} hold the class {int(strangers[0])}, but the experience declares "
                         f"{list(task_input.record.classes)}; check its target transform."
                     )
-                yield self.features(images, what)
+                yield self.features(images, what), targets
 
         # A dataset may draw at random by itself: it must draw the same wherever and whenever it is read.
         seed = derive_seed(self.setup.method.seed, task_input.record.task, f"features {part}")

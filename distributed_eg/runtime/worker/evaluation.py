@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import EvaluatePart, EvaluateRequest, EvaluateResult, GateAndExperts, PartAnswer
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
-from distributed_eg.types import TaskId, derive_seed
+from distributed_eg.types import NOBODY, TaskId, derive_seed
 
 _IMAGE_BYTES = 128 * 2**20
 """Of images that wait for their experts: each expert is loaded once for all of them."""
@@ -26,12 +27,13 @@ class _Part:
     batches: list[tuple[Tensor, ...]] = field(default_factory=list)
     answered: set[TaskId] = field(default_factory=set)
 
-    def answer(self, known: GateAndExperts) -> PartAnswer:
+    def answer(self, classes_of: Callable[[TaskId], tuple[int, ...]]) -> PartAnswer:
         """All of it."""
         columns = [torch.cat(column) for column in zip(*self.batches, strict=True)]
-        targets, tasks, confidences, log_probabilities, predictions = columns
-        classes = torch.tensor(sorted({c for task in self.answered for c in known.experts[task].classes}))
-        return PartAnswer(targets, tasks, confidences, classes, log_probabilities[:, classes], predictions)
+        targets, tasks, confidences, strangeness, log_probabilities, predictions = columns
+        ids = sorted({c for task in self.answered for c in classes_of(task)})
+        classes = torch.tensor(ids, dtype=torch.int64)
+        return PartAnswer(targets, tasks, confidences, strangeness, classes, log_probabilities[:, classes], predictions)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult
     known = context.known(request.gate_and_experts)
     gate = context.reader.gate(known.gate)
     width = 1 + max(max(ref.classes) for ref in known.experts.values())
+    if gate.unknown == "root":
+        width = max(width, len(context.root_expert().classes))
     parts = [_Part() for _ in request.parts]
     waiting: list[_Batch] = []
     for part, answers in zip(request.parts, parts, strict=True):
@@ -68,7 +72,11 @@ def evaluate(context: WorkerContext, request: EvaluateRequest) -> EvaluateResult
             if sum(batch.images.nbytes for batch in waiting) >= _IMAGE_BYTES:
                 _answer(context, known, waiting)
     _answer(context, known, waiting)
-    return EvaluateResult(tuple(part.answer(known) for part in parts))
+
+    def classes_of(task: TaskId) -> tuple[int, ...]:
+        return context.root_expert().classes if task == NOBODY else known.experts[task].classes
+
+    return EvaluateResult(tuple(part.answer(classes_of) for part in parts))
 
 
 def _route(
@@ -93,8 +101,9 @@ def _route(
 def _answer(context: WorkerContext, known: GateAndExperts, waiting: list[_Batch]) -> None:
     """Have the experts answer for the batches that wait, each expert for all of them in turn; none waits any more."""
     asked = [{int(task) for task in batch.right[batch.asked].unique()} for batch in waiting]
-    for task in sorted({task for batch in waiting for task in batch.weights}.union(*asked) & known.experts.keys()):
-        expert = context.reader.expert(known.experts[task])
+    chosen = {task for batch in waiting for task in batch.weights}
+    for task in sorted(chosen.union(*asked) & {NOBODY, *known.experts}):
+        expert = context.root_expert() if task == NOBODY else context.reader.expert(known.experts[task])
         classes = torch.tensor(expert.classes, device=context.device)
         for batch, of_batch in zip(waiting, asked, strict=True):
             if task in batch.weights:
@@ -107,7 +116,8 @@ def _answer(context: WorkerContext, known: GateAndExperts, waiting: list[_Batch]
         alone = (batch.right >= 0) & ~batch.asked
         batch.predictions[alone] = log_probabilities[alone].argmax(1)
         routing = batch.routing
-        columns = batch.targets, routing.tasks, routing.confidences.max(1).values, log_probabilities, batch.predictions
+        routed = batch.targets, routing.tasks, routing.confidences.max(1).values, routing.strangeness
+        columns = *routed, log_probabilities, batch.predictions
         batch.part.batches.append(tuple(column.cpu() for column in columns))
         batch.part.answered.update(batch.weights)
     waiting.clear()

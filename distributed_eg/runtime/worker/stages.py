@@ -13,9 +13,12 @@ from torch import nn
 
 from distributed_eg.config import AutoencoderConfig
 from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit
+from distributed_eg.method.calibration import hold_out
 from distributed_eg.method.expert import continue_expert, derive_expert, train_as
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
+from distributed_eg.method.shared_score import SharedStack
 from distributed_eg.method.standardize import compute_statistics
+from distributed_eg.method.summary import fit_summary
 from distributed_eg.runtime import messages
 from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 256
 _SMALL_FIRST_TASK = 50
+_HELD_OUT_BYTES = 32 * 2**20
+"""Of directions of scatter, where held-out images are asked: a quarter of the gate's, for every task asks anew."""
 _LEARNT_SHARE = 0.95
 _ROOT_TASK = -1
 """Stands for the reference dataset where a seed asks for a task's number."""
@@ -61,7 +66,8 @@ def fit_reference(context: WorkerContext, request: messages.ReferenceRequest) ->
     """Statistics of a reference dataset, and the autoencoder that makes the pretrained root a candidate."""
     reader = Reader(request.data.load(context.fetch), "the reference dataset", labels="any")
     path = context.scratch_file("reference", "train")
-    batches = (context.features(images, "the reference dataset") for images, _ in context.batches(reader))
+    what = "the reference dataset"
+    batches = ((context.features(x, what), torch.zeros(len(x), dtype=torch.int64)) for x, _ in context.batches(reader))
     write_features(path, batches)
     statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS)).to(context.device)
     method = context.setup.method
@@ -82,7 +88,12 @@ def fit_task_autoencoder(context: WorkerContext, request: messages.AutoencoderRe
     autoencoder = fit_autoencoder(config, features, seed, start=start)
     artifact = save_tensors(context.storage, task_weights(task, "autoencoder"), autoencoder.tensors())
     num_samples = len(features) + (0 if before is None else before.num_samples)
-    record = AutoencoderRecord(task, request.input.record.label, config.kind, artifact, num_samples)
+    summary = None
+    if context.setup.method.gate_score == "shared":
+        known = None if before is None or before.summary is None else context.reader.summaries([before.summary])[0]
+        fitted = fit_summary(features.blocks, features.classes, start=known and known.to(context.device))
+        summary = save_tensors(context.storage, task_weights(task, "summary"), fitted.tensors())
+    record = AutoencoderRecord(task, request.input.record.label, config.kind, artifact, num_samples, summary)
     context.drop_features(request.input.key, "train")
     return record
 
@@ -94,15 +105,21 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
     features = context.feature_file(request.input, "valid", request.statistics)
     artifacts = [artifact for _, artifact in request.candidates]
     stacks = [*context.reader.stacks(kind, [request.own]), *context.reader.stacks(kind, artifacts)]
-    (own, *rest), variance = _validation_errors(stacks, features)
+    residuals, (own, *rest), variance = _validation_errors(stacks, features)
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
     unit = relatedness_unit(kind)
     choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
     if request.input.record.continues is not None:
         choice = TransferChoice(request.input.record.continues, "continue")
     _warn_if_unlearnt(request.input.record, own, variance, len(features), method.autoencoder)
+    scored = residuals[:, [0, *(i for i, candidate in enumerate(candidates, 1) if candidate is not None)]]
+    if request.summaries:
+        shared = SharedStack(context.reader.summaries(request.summaries, _HELD_OUT_BYTES), _HELD_OUT_BYTES)
+        scored = torch.cat([shared.errors(block) for block in features.blocks(_BLOCK_ROWS)])
+    table = hold_out(scored[:, 0], scored[:, 1:], residuals[:, 0])
+    held_out = save_tensors(context.storage, task_weights(task, "held-out"), table.tensors())
     context.drop_features(request.input.key, "valid")
-    return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), tuple(candidates.values()))
+    return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), tuple(candidates.values()), held_out)
 
 
 def _warn_if_unlearnt(
@@ -202,13 +219,19 @@ def drop_features(context: WorkerContext, request: messages.DropRequest) -> None
 
 
 @torch.no_grad()
-def _validation_errors(stacks: list[AutoencoderStack], features: FeatureFile) -> tuple[list[float], float]:
-    """Mean error of each autoencoder over all rows, and the rows' mean squared distance to their mean."""
+def _validation_errors(
+    stacks: list[AutoencoderStack], features: FeatureFile
+) -> tuple[torch.Tensor, list[float], float]:
+    """Each row's error by each autoencoder, on the CPU, their means over all rows, and the rows' mean squared distance
+    to their mean."""
     totals: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
     mean = torch.stack([block.double().sum(0) for block in features.blocks(_BLOCK_ROWS)]).sum(0) / len(features)
     variance = 0.0
     for block in features.blocks(_BLOCK_ROWS):
-        totals.append(torch.cat([stack.errors(block) for stack in stacks], dim=1).double().sum(0).cpu())
+        of_block = torch.cat([stack.errors(block) for stack in stacks], dim=1)
+        rows.append(of_block.cpu())
+        totals.append(of_block.double().sum(0).cpu())
         variance += float((block.double() - mean).square().sum())
     errors = sum(totals, torch.zeros_like(totals[0])) / len(features)
-    return errors.tolist(), variance / len(features)
+    return torch.cat(rows), errors.tolist(), variance / len(features)

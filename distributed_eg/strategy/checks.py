@@ -1,8 +1,9 @@
-"""What a strategy checks of what it is given: optimizer, device, settings that go unread."""
+"""What a strategy checks of what it is given: optimizer, device, settings that go unread, sizes of tasks."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -20,8 +21,15 @@ from torch.utils.data import DataLoader, Dataset
 from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, ClusterConfig
 from distributed_eg.errors import InputError
+from distributed_eg.store.registry import Registry
 from distributed_eg.strategy.model import ExpertGate
+from distributed_eg.types import GateScore
 
+logger = logging.getLogger(__name__)
+
+_UNEQUAL = 3
+_FEW = 20
+"""Training images below which the shared score, too, loses more than a tenth of its accuracy beside large tasks."""
 _SGD_ONLY = {"batch_size": "ae_train_mb_size", "epochs": "ae_train_epochs", "lr": "ae_lr", "optimizer": "ae_optimizer"}
 """What only the autoencoder "sgd" reads, and its name in the strategy's signature."""
 
@@ -129,3 +137,29 @@ def placed(cluster: ClusterConfig, device: torch.device | None) -> ClusterConfig
             f"device={str(device)!r} and ClusterConfig(gpus_per_worker={gpus:g}) contradict each other: leave one out."
         )
     return replace(cluster, gpus_per_worker=(1.0 if device.type == "cuda" else 0.0) if gpus is None else gpus)
+
+
+def unequal_sizes(registry: Registry, score: GateScore) -> tuple[int, ...]:
+    """The smallest task with its number of training images, and the largest with its own, where they are so unequal
+    that the gate is known to be weak; else nothing.
+
+    A small task's autoencoder explains its own unseen images worse; the shared score makes up for that, but for the
+    smallest tasks.
+    """
+    sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.active.items()}
+    if not sizes:
+        return ()
+    smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
+    is_small = score == "residual" or sizes[smallest] < _FEW
+    is_unequal = sizes[largest] > _UNEQUAL * sizes[smallest]
+    return (smallest, sizes[smallest], largest, sizes[largest]) if is_small and is_unequal else ()
+
+
+def warn_of_sizes(extremes: tuple[int, ...]) -> None:
+    """Say what ``unequal_sizes`` found."""
+    logger.warning(
+        "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images of "
+        "small tasks to large ones of the same kind; with ExpertGate(gate_score='shared') much less, from %d images "
+        "on. Look at Gate_Acc_Exp task by task.",
+        *(*extremes, _FEW),
+    )

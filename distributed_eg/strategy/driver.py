@@ -33,6 +33,7 @@ from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import map_tensors
 from distributed_eg.strategy.avalanche_types import Template
+from distributed_eg.strategy.checks import unequal_sizes, warn_of_sizes
 from distributed_eg.strategy.metrics import GateReporter
 from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.predictions import notes_of
@@ -44,8 +45,6 @@ from distributed_eg.strategy.training.packing import pack_metrics
 from distributed_eg.types import OnRepeat, TaskId
 
 logger = logging.getLogger(__name__)
-
-_UNEQUAL = 3
 
 
 @dataclass(eq=False)
@@ -300,20 +299,11 @@ class Driver:
         reference.save(path, self.method.autoencoder.kind)
 
     def warn_of_unequal_tasks(self) -> None:
-        """Say where the gate is known to be weak: a small task's subspace explains its own unseen images worse."""
-        registry = self.registry
-        sizes = {task: registry.autoencoders[manifest.task].num_samples for task, manifest in registry.active.items()}
-        if not sizes:
-            return
-        smallest, largest = min(sizes, key=lambda task: sizes[task]), max(sizes, key=lambda task: sizes[task])
-        extremes = (smallest, sizes[smallest], largest, sizes[largest])
-        if sizes[largest] > _UNEQUAL * sizes[smallest] and extremes != self._told_sizes:
-            self._told_sizes = extremes  # once, however many calls bring the tasks
-            logger.warning(
-                "Task sizes are unequal: task %d has %d training images, task %d has %d. The gate tends to send images "
-                "of small tasks to large ones of the same kind: look at Gate_Acc_Exp task by task.",
-                *extremes,
-            )
+        """Say where the gate is known to be weak; once, however many calls bring the tasks."""
+        extremes = unequal_sizes(self.registry, self.method.gate_score)
+        if extremes != self._told_sizes and extremes:
+            self._told_sizes = extremes
+            warn_of_sizes(extremes)
 
     def _adopt_reference(self, run: Run) -> None:
         """Give the run its statistics, and the root its autoencoder."""

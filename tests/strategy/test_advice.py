@@ -69,6 +69,17 @@ def test_unequal_sizes_are_told_once_in_a_loop_over_the_stream(caplog: pytest.Lo
     assert caplog.text.count("Task sizes are unequal") == 1
 
 
+@pytest.mark.parametrize(("count", "times"), [(30, 0), (15, 1)])
+def test_the_shared_score_makes_up_for_unequal_sizes_but_for_the_smallest(
+    caplog: pytest.LogCaptureFixture, count: int, times: int
+) -> None:
+    model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="shared")
+    with tiny_strategy(model=model, train_epochs=0) as strategy:
+        strategy.train(tiny_benchmark((0,), train=count).train_stream)
+        strategy.train(tiny_benchmark((0, 1), train=120).train_stream[1])
+    assert caplog.text.count("Task sizes are unequal") == times
+
+
 # A loss that is not finite
 
 

@@ -74,7 +74,10 @@ class Tuned(ExpertGateStrategy):
     ("overrides", "lines"),
     [
         ({"seed": 5}, ["method.seed: the run has 0, now 5"]),
-        ({"train_epochs": 4, "temp": 3}, ["method.temp: the run has None, now 3", "settings.train_epochs: .* 3, now 4"]),
+        (
+            {"train_epochs": 4, "temp": 3},
+            ["method.temp: the run has None, now 3", "settings.train_epochs: .* 3, now 4"],
+        ),
         ({"model": different_net}, [r"backbone\.root\.sha256: the run has '?[0-9a-f]{12}….*, now '?[0-9a-f]{12}…"]),
         ({"distillation_weight": 0.5}, [r"method\.distillation_weight: the run has 1\.0, now 0\.5"]),
         (

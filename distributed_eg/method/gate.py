@@ -88,11 +88,9 @@ class Gate:
             errors,
             self._strangeness(standardized, errors, nearest),
         )
-        return (
-            routing
-            if self.unknown == "expert"
-            else routing._replace(tasks=routing.tasks.where(~routing.unknown, NOBODY))
-        )
+        if self.unknown == "expert":
+            return routing
+        return routing._replace(tasks=routing.tasks.where(~routing.unknown, NOBODY))
 
     def _strangeness(self, standardized: Tensor, errors: Tensor, nearest: Tensor) -> Tensor:
         if not self.limits:

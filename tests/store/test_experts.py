@@ -19,6 +19,7 @@ from distributed_eg.method.gate import make_gate
 from distributed_eg.method.linear_autoencoder import LinearAutoencoder
 from distributed_eg.method.sgd_autoencoder import SgdAutoencoder
 from distributed_eg.method.standardize import Statistics
+from distributed_eg.method.summary import fit_summary
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.records import StatisticsRecord
 from distributed_eg.store.reference import save_statistics
@@ -235,3 +236,17 @@ def test_what_a_stage_trained_is_read_from_memory_and_is_let_go_of(storage: Stor
     assert count_loads(reader, [a]) == 0
     reader.release()
     assert count_loads(reader, [a, b]) == 2
+
+
+def test_summaries_are_cut_as_tasks_come_and_whole_again_as_they_go(storage: Storage) -> None:
+    rows = torch.rand(60, 50, generator=torch.Generator().manual_seed(3))
+    made = [fit_summary((rows + task / 10).split, torch.arange(60) % 2) for task in range(3)]
+    artifacts = [save_tensors(storage, f"tasks/{task}/summary", s.tensors()) for task, s in enumerate(made)]
+    reader = ExpertReader(partial(map_tensors, storage), network(), HEAD, 1, "cpu")
+    most_bytes = 4 * 50 * 30  # thirty directions of fifty features
+    for num_tasks, kept in ((1, 30), (3, 10), (2, 15), (1, 30)):
+        found = reader.summaries(artifacts[:num_tasks], most_bytes)
+        assert [len(summary.scatter) for summary in found] == [kept] * num_tasks
+        for summary, whole in zip(found, made, strict=False):
+            assert torch.equal(summary.scatter, whole.scatter[:kept])
+            assert torch.equal(summary.means, whole.means)

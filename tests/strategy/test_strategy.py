@@ -22,7 +22,7 @@ from distributed_eg.errors import HookError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors
 from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, hashes, tiny_benchmark, tiny_net, tiny_strategy
-from tests.inside import manifests_of
+from tests.inside import manifests_of, registry_of
 
 # Ray's workers cannot import a test module: its classes travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -337,10 +337,13 @@ class TestRun:
         cluster = ClusterConfig(engine="inline", storage=str(tmp_path / "run"))
         with tiny_strategy(cluster) as strategy:
             strategy.train(tiny_benchmark((0, 1)).train_stream)
+            registry = registry_of(strategy)
             for task, (autoencoder, expert) in enumerate(hashes(strategy)):
                 folder = tmp_path / "run" / "tasks" / f"{task:05d}"
                 found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
-                assert found == {autoencoder, expert}
+                held_out = registry.relatedness[task].held_out
+                assert held_out is not None
+                assert found == {autoencoder, expert, held_out.sha256}
 
     def test_a_temporary_run_lives_as_long_as_the_model(self) -> None:
         benchmark = tiny_benchmark((0, 1))

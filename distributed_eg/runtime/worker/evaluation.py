@@ -16,7 +16,7 @@ from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.types import NOBODY, TaskId, derive_seed
 
-_IMAGE_BYTES = 128 * 2**20
+_IMAGE_BYTES = 256 * 2**20
 """Of images that wait for their experts: each expert is loaded once for all of them."""
 
 

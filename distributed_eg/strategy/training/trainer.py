@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _LOWER = "lower the learning rate, clip the gradients, or see whether the criterion's gradient is finite itself"
 _TAME = 1e6
 """Above, outputs show a training that runs away, even if they are finite still."""
+_READ_TOGETHER = 16
+"""Batches whose losses are read together: each reading waits for the card."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class StrategyTrainer:
         recorder.evaluations = {(i.stream, i.index): at for at, (i, _) in enumerate(job.data.evaluations)}
         distillation = _begin_distillation(job, strategy.optimizer)
         strategy.optimizer.state.clear()
-        rules = _ExpertRules(job, distillation)
+        rules = _ExpertRules(job, distillation, strategy._criterion)
         strategy.plugins = [rules, *strategy.plugins]
         if job.checkpoints is not None:
             strategy._checkpointing = Checkpointing(job.checkpoints, job, strategy, recorder)
@@ -88,26 +91,43 @@ class StrategyTrainer:
         except BaseException as error:
             if is_ours(error) or ends_process(error):
                 raise
+            rules.require_finite()  # what raised may only be the first to stumble over it
             raise _hook_error(error, job, strategy._checkpointing) from error
         finally:
             counting.remove()
             if distillation is not None:
                 distillation.detach()
+        rules.require_finite()
         _require_finite(job, is_trained=rules.num_steps > 0)
         if not rules.num_steps and _is_untouched(job):
             _refuse_unlearnt(job, strategy, self.loader_args)
         return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What is known of a batch that has been computed; tensors are read later, and lie where they were computed."""
+
+    loss: Tensor
+    has_tame_outputs: Tensor
+    epoch: int
+    place: int
+    """Within its epoch."""
+    rates: tuple[float, ...]
+
+
 class _ExpertRules(Plugin):
     """The method's own part of the loop: the distillation term, and no loss that is not finite."""
 
-    def __init__(self, job: ExpertJob, distillation: Distillation | None) -> None:
+    def __init__(self, job: ExpertJob, distillation: Distillation | None, criterion: object) -> None:
         super().__init__()
         self._job = job
         self._distillation = distillation
+        self._criterion = getattr(criterion, "__name__", type(criterion).__name__)
         self._total = torch.zeros((), dtype=torch.float64)
         self._count = 0
+        self._classes = torch.tensor(job.classes, device=job.device)
+        self._unread: list[_Batch] = []
         self.num_steps = 0
         """Steps of an optimizer that holds parameters of the expert with a gradient. An ``optimizer_step`` or
         ``backward`` of the user's own counts as one: what it does is theirs to decide."""
@@ -143,31 +163,50 @@ class _ExpertRules(Plugin):
             self._count += 1
 
     def before_update(self, strategy: Template, *_: object, **__: object) -> None:
-        """Refuse to step on a loss that is not finite, or once the driver was told to stop."""
+        """Refuse to step on losses that are not finite, or once the driver was told to stop."""
         kind = type(strategy)
         self.num_steps += (kind.optimizer_step, kind.backward) != (ExpertLoop.optimizer_step, ExpertLoop.backward)
         if self._job.is_stopping():
             raise StoppedError(f"Task {self._job.task} ended early: its driver was told to stop.")
-        if not bool(torch.isfinite(strategy.loss).all()):
-            rates = [group["lr"] for group in strategy.optimizer.param_groups]
-            raise DivergedError(
-                f"The loss of task {self._job.task} (label {self._job.label}) is {strategy.loss.sum().item()} in epoch "
-                f"{strategy.clock.train_exp_epochs}, batch {strategy.clock.train_epoch_iterations}, at learning rate "
-                f"{rates[0] if len(rates) == 1 else rates}; {self._advice(strategy)}."
-            )
+        outputs, clock = strategy.mb_output, strategy.clock
+        loss, is_tame = strategy.loss.detach().sum(), torch.tensor(False)
+        if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > max(self._job.classes):
+            is_tame = (outputs.detach().index_select(1, self._classes).abs() < _TAME).all()
+        rates = tuple(float(group["lr"]) for group in strategy.optimizer.param_groups)
+        place = clock.train_epoch_iterations
+        self._unread.append(_Batch(loss, is_tame, clock.train_exp_epochs, place, rates))
+        if len(self._unread) == _READ_TOGETHER:
+            self.require_finite()
 
-    def _advice(self, strategy: Template) -> str:
+    def after_training_epoch(self, *_: object, **__: object) -> None:
+        """No checkpoint of a training that diverged."""
+        self.require_finite()
+
+    def require_finite(self) -> None:
+        """Read the losses of the batches since the last reading.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
+        unread, self._unread = self._unread, []
+        for batch, loss in zip(unread, torch.stack([b.loss for b in unread]).tolist() if unread else (), strict=True):
+            if not math.isfinite(loss):
+                raise DivergedError(
+                    f"The loss of task {self._job.task} (label {self._job.label}) is {loss} in epoch {batch.epoch}, "
+                    f"batch {batch.place}, at learning rate "
+                    f"{batch.rates[0] if len(batch.rates) == 1 else list(batch.rates)}; {self._advice(batch)}."
+                )
+
+    def _advice(self, batch: _Batch) -> str:
         """What to do about a loss that is not finite, by what it was made of."""
-        outputs, classes = strategy.mb_output, list(self._job.classes)
-        known = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > max(classes)
-        if known and bool((outputs[:, classes].abs() < _TAME).all()):
-            makers = [f"the criterion {getattr(strategy._criterion, '__name__', type(strategy._criterion).__name__)}"]
+        if batch.has_tame_outputs:
+            makers = [f"the criterion {self._criterion}"]
             makers += ["the distillation term"] if self._distillation is not None else []
             return (
                 f"the network's outputs are finite, so it comes from {' or '.join(makers)}, or from what changes the "
                 "loss after it: look there, whatever the learning rate"
             )
-        if strategy.clock.train_exp_iterations == 0:
+        if batch.epoch == batch.place == 0:
             return "no step was taken yet: look for extreme values in the weights that it starts from, or in the images"
         return _LOWER
 

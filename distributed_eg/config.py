@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from distributed_eg import given
 from distributed_eg.errors import InputError
 from distributed_eg.masking import masked
-from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure, Unknown
+from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure, TransferRule, Unknown
 
 Engine = Literal["ray", "inline"]
 Resume = Literal["append"] | bool
@@ -197,6 +197,9 @@ class MethodConfig:
     """Relatedness, at most 1, above which an expert learns without forgetting from its parent; the paper's 0.85."""
     confidence_threshold: float | None = None
     """Experts that are at least this confident, in (0, 1], answer together. None: the best alone, as in the paper."""
+    transfer: TransferRule = "threshold"
+    """``"threshold"``: an expert learns by ``rel_thresh``. ``"best"``: both ways, and the better on the held-out part
+    is kept."""
     distillation_weight: float = 1.0
     """Weight λ of the distillation term of learning without forgetting, not negative; 1 in Li & Hoiem."""
     distillation_temp: float = 2.0
@@ -217,6 +220,7 @@ class MethodConfig:
             "seed": given.seed(self.seed),
             "gate_score": given.word(self.gate_score, "gate_score", get_args(GateScore)),
             "unknown": given.word(self.unknown, "unknown", get_args(Unknown)),
+            "transfer": given.word(self.transfer, "transfer", get_args(TransferRule)),
         }
         for name, (rule, fits) in _METHOD_NUMBERS.items():
             if name not in ("confidence_threshold", "temp") or getattr(self, name) is not None:

@@ -16,6 +16,9 @@ Transfer: TypeAlias = Literal["fresh", "finetune", "lwf", "continue"]
 """How an expert starts: from the pretrained root without a choice, fine-tuned from its parent, with learning without
 forgetting from its parent, or from the earlier version of its own task."""
 
+TransferRule: TypeAlias = Literal["threshold", "best"]
+"""How an expert learns from its parent: as its relatedness says, or both ways, of which the better is kept."""
+
 OnRepeat: TypeAlias = Literal["continue", "error", "new_expert"]
 """What a label that comes again means: its expert goes on, it is refused, or its task starts anew."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,12 @@ INLINE = ClusterConfig(engine="inline")
 
 
 def tiny_strategy(cluster: ClusterConfig = INLINE, **overrides: Any) -> ExpertGateStrategy:
-    """A strategy over a TinyNet, quick, with the linear autoencoder and no loggers."""
+    """A strategy over a TinyNet, quick, with linear autoencoders, the shared score and no loggers."""
     overrides = dict(overrides)
     cls = overrides.pop("cls", ExpertGateStrategy)
-    model = overrides.pop("model", None) or ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
+    model = overrides.pop("model", None) or ExpertGate(
+        SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="shared"
+    )
     optimizer = overrides.pop("optimizer", None) or torch.optim.SGD(model.expert.parameters(), lr=0.05, momentum=0.9)
     settings: dict[str, Any] = {
         "train_mb_size": 16,
@@ -116,7 +119,10 @@ SETTINGS: dict[str, Any] = {"rel_thresh": 0.5}
 def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, Any]:
     """Everything that must not depend on where a run ran, as JSON values."""
     registry = strategy.registry.drop_columns(["train_s", "worker"]).to_pylist()
-    return {"registry": registry, "relatedness": strategy.relatedness.to_pylist(), "metrics": metrics}
+    routing = strategy.model.gate(torch.cat([task_images(domain, 8, 77)[0] for domain in DOMAINS]))
+    routed = hashlib.sha256(b"".join(column.numpy().tobytes() for column in routing)).hexdigest()
+    tables = {"registry": registry, "relatedness": strategy.relatedness.to_pylist()}
+    return {**tables, "routed": routed, "metrics": metrics}
 
 
 def content(storage: Path) -> dict[str, bytes]:

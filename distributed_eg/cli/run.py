@@ -14,7 +14,7 @@ from distributed_eg import given
 from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, silent_evaluator
 from distributed_eg.cli.outcome import RunOutcome, outcome_of
 from distributed_eg.errors import InputError
-from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure
+from distributed_eg.types import AutoencoderKind, GateScore, OnTaskFailure, TransferRule
 
 if TYPE_CHECKING:
     from distributed_eg.benchmarks.benchmark import Benchmark
@@ -43,6 +43,8 @@ class RunOptions(WorkerOptions, BenchmarkOptions):
     rel_thresh: float = 0.7
     """Relatedness above which an expert learns without forgetting; the paper's 0.85 is seldom reached in the linear
     autoencoder's unit."""
+    transfer: TransferRule = "threshold"
+    """threshold (by --rel-thresh) or best (both ways are trained, and the better on the held-out part is kept)."""
     epochs: int = 3
     """Epochs of each expert's training."""
     batch_size: int = 16
@@ -125,6 +127,7 @@ def _train_and_evaluate(options: RunOptions, storage: str, display: Display) -> 
         evaluator=silent_evaluator,
         ae_latent_dim=options.latent_dim,
         rel_thresh=options.rel_thresh,
+        transfer=options.transfer,
         seed=options.seed,
         observer=display.progress,
         class_names=benchmark.class_names,

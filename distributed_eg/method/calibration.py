@@ -17,7 +17,7 @@ TEMPERATURES = tuple(2 ** (step / 4) for step in range(-8, 57))
 UNFITTED = 2.0
 """The paper's temperature, where nothing was held out."""
 _BINS = 15
-_LEVELS = 200
+_LEVELS = 100
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,15 @@ class HeldOut:
 
     ``losses`` (65,) float64: −log of the confidence in their own task, summed up. ``bins`` (65, 15, 3) float32: of the
     images whose highest confidence lies in each fifteenth, how many, how many of those in their own task, and the sum
-    of the confidences. Both are 0 for a first task, which nothing can be mistaken for. ``quantiles`` (201,) float32:
-    of their errors by their own autoencoder, at 0, 0.005, …, 1.
+    of the confidences. Both are 0 for a first task, which nothing can be mistaken for.
     """
 
     losses: Tensor
     bins: Tensor
-    quantiles: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: every field by its name."""
         return dict(vars(self))
-
-    def limit(self, quantile: float) -> float:
-        """The error that a share ``quantile`` of the held-out images stays below."""
-        place = quantile * _LEVELS
-        low = min(int(place), _LEVELS - 1)
-        first, second = self.quantiles[low : low + 2].tolist()
-        return float(first + (second - first) * (place - low))
 
 
 @dataclass(frozen=True)
@@ -61,13 +52,18 @@ class Calibration:
     bins: tuple[tuple[int, float, float], ...] = ()
 
 
-def hold_out(own: Tensor, others: Tensor, residuals: Tensor) -> HeldOut:
+def quantiles_of(errors: Tensor) -> tuple[float, ...]:
+    """Of held-out images' errors by their own autoencoder, at 0, 0.01, …, 1."""
+    levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64)
+    return tuple(torch.quantile(errors.double().cpu(), levels).tolist())
+
+
+def hold_out(own: Tensor, others: Tensor) -> HeldOut:
     """Sum up what the gate says of a task's held-out images.
 
     Args:
         own: (n,) their errors by their own task, as the gate scores them.
         others: (n, number of others) by the tasks that were there.
-        residuals: (n,) by their own autoencoder.
     """
     errors = torch.cat([own[:, None], others], dim=1).double().cpu()
     losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
@@ -79,8 +75,7 @@ def hold_out(own: Tensor, others: Tensor, residuals: Tensor) -> HeldOut:
         columns = torch.stack([torch.ones_like(highest), (errors.argmin(1) == 0).double(), highest], dim=1)
         places = (highest * _BINS).long().clamp_max(_BINS - 1)
         bins[i] = torch.nn.functional.one_hot(places, _BINS).double().T @ columns
-    levels = torch.linspace(0, 1, _LEVELS + 1, dtype=torch.float64)
-    return HeldOut(losses, bins.float(), torch.quantile(residuals.double().cpu(), levels).float())
+    return HeldOut(losses, bins.float())
 
 
 def calibrate(tables: Sequence[HeldOut], temp: float | None) -> Calibration:

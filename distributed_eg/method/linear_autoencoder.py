@@ -90,7 +90,8 @@ class LinearStack:
     def __init__(self, autoencoders: Sequence[LinearAutoencoder]) -> None:
         means = torch.stack([autoencoder.mean - _CENTRE for autoencoder in autoencoders])
         parts = [a.components @ mean for a, mean in zip(autoencoders, means, strict=True)]
-        self._components = torch.cat([autoencoder.components for autoencoder in autoencoders])
+        components = [autoencoder.components for autoencoder in autoencoders]
+        self._components = torch.cat(components) if len(components) > 1 else components[0]  # alone without a copy
         self._offsets = torch.cat(parts)
         self._ranks = [len(part) for part in parts]
         self._same_ranks = len(set(self._ranks)) == 1

@@ -101,10 +101,10 @@ class SgdStack:
     """Autoencoders stacked once, so that a batch passes all of them in batched products."""
 
     def __init__(self, autoencoders: Sequence[SgdAutoencoder]) -> None:
-        self._encoder = torch.stack([a.encoder_weight for a in autoencoders]).mT
-        self._encoder_bias = torch.stack([a.encoder_bias for a in autoencoders])[:, None]
-        self._decoder = torch.stack([a.decoder_weight for a in autoencoders]).mT
-        self._decoder_bias = torch.stack([a.decoder_bias for a in autoencoders])[:, None]
+        self._encoder = _side_by_side([a.encoder_weight for a in autoencoders]).mT
+        self._encoder_bias = _side_by_side([a.encoder_bias for a in autoencoders])[:, None]
+        self._decoder = _side_by_side([a.decoder_weight for a in autoencoders]).mT
+        self._decoder_bias = _side_by_side([a.decoder_bias for a in autoencoders])[:, None]
 
     def errors(self, features: Tensor) -> Tensor:
         """Squared distance of each sample to each reconstruction: (n, number of autoencoders)."""
@@ -117,6 +117,11 @@ class SgdStack:
         hidden = torch.baddbmm(self._encoder_bias[group], batch, self._encoder[group]).relu_()
         logits = torch.baddbmm(self._decoder_bias[group], hidden, self._decoder[group])
         return logits.sigmoid_().sub_(batch).square_().sum(2)
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    """In one tensor; one alone without a copy."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def _require_finite(losses: list[Tensor], config: AutoencoderConfig, epoch: int, batch: int) -> None:

@@ -17,13 +17,16 @@ from distributed_eg.schedule.events import Stage, TaskArrived, WorkerJoined, Wor
 from distributed_eg.schedule.instructions import ReportFailure, RunStage
 from distributed_eg.schedule.loop import Loop
 from distributed_eg.schedule.machine import Machine
-from distributed_eg.store.checkpoints import delete_checkpoint
+from distributed_eg.store.checkpoints import delete_checkpoints
 from distributed_eg.store.records import Record, RelatednessRecord, StageTiming, TaskManifest, TaskTimings
 from distributed_eg.store.registry import Registry
 from distributed_eg.store.storage import Artifact, Storage
 from distributed_eg.types import TaskId
 
 logger = logging.getLogger(__name__)
+
+_IS_KNOWN = 0.9
+"""Of the share of its own held-out images that a task knows: from there on another task's look like its own."""
 
 
 class TaskSource(Protocol):
@@ -53,6 +56,7 @@ class Dispatcher:
     observer: Observer | None
     way_on: str
     """What is left to the run where tasks fail, as a clause."""
+    unknown_quantile: float
 
     def __post_init__(self) -> None:
         self._tasks: dict[TaskId, TaskInput] = {}
@@ -156,7 +160,20 @@ class Dispatcher:
         artifact = self.engine.coordinator.record(record)
         if isinstance(record, RelatednessRecord):
             self._relatedness[record.task] = artifact  # the manifest names it
+            self._tell_if_known(record)
         self.registry.add(record)
+
+    def _tell_if_known(self, record: RelatednessRecord) -> None:
+        """Say where a task looks like one that is there; nothing is done about it."""
+        known = zip(record.known_shares or (), record.candidates, strict=False)
+        share, task = max(((share, task) for share, task in known if share is not None), default=(0.0, None))
+        if task is not None and share >= _IS_KNOWN * self.unknown_quantile:
+            logger.info(
+                "Task %d (label %d) looks like task %d (label %d): %.0f %% of its held-out images are no stranger to "
+                "it than its own. If it is the same, bring it under that label, which trains that task further.",
+                *(record.task, self._tasks[record.task].record.label, task, self.registry.arrivals[task].label),
+                100 * share,
+            )
 
     def _arrive(self, task_input: TaskInput) -> TaskArrived:
         """Take a task in, with what an earlier driver left of it; note what it is before anything is done for it."""
@@ -172,7 +189,7 @@ class Dispatcher:
         for stage in sorted(done, key=list(Stage).index):
             self._tell(task, stage, "kept", "")
         if Stage.EXPERT in done:  # its driver may have ended before it did this
-            self._delete_checkpoint(task)
+            self._delete_checkpoints(task)
             if task not in self.registry.timings:  # damaged, and not to be had again
                 self._record(TaskTimings(task, ()))
         noted = self.registry.timings.get(task, TaskTimings(task, ()))
@@ -196,21 +213,23 @@ class Dispatcher:
         own, candidates = registry.autoencoders[run.task], self._candidates(task_input)
         asked = (own, *(registry.autoencoders[task] for task, _ in candidates if task is not None))
         summaries = tuple(record.summary for record in asked if record.summary is not None)
-        return messages.RelateRequest(task_input, registry.statistics, own.artifact, candidates, summaries)
+        share = self.unknown_quantile
+        limits = tuple(None if task is None else registry.autoencoders[task].limit(share) for task, _ in candidates)
+        return messages.RelateRequest(task_input, registry.statistics, own.artifact, candidates, limits, summaries)
 
     def _candidates(self, task_input: TaskInput) -> tuple[tuple[TaskId | None, Artifact], ...]:
         """What the expert could start from: the root where it has an autoencoder, and the newest version of each task
-        that precedes this one in the stream, whatever has finished since."""
-        if task_input.record.continues is not None:
-            return ()
-        registry = self.registry
+        that precedes this one in the stream, whatever has finished since. A task that continues starts from itself, and
+        is told of the others."""
+        registry, arrived = self.registry, task_input.record
         newest: dict[TaskId, TaskId] = {}
         for task in sorted(registry.autoencoders):
             # An autoencoder that an earlier, failed call left behind has no expert to start from.
-            mine = task_input.record.task
             is_there = task in registry.manifests or task in self._tasks
-            if task < mine and is_there and not registry.is_hidden(task, mine):
+            if task < arrived.task and is_there and not registry.is_hidden(task, arrived.task):
                 newest[registry.arrivals[task].versions[0]] = task
+        if arrived.continues is not None:
+            newest.pop(arrived.versions[0], None)
         root = registry.statistics.root_autoencoder if registry.statistics else None
         earlier = [(task, registry.autoencoders[task].artifact) for task in sorted(newest.values())]
         return ((None, root), *earlier) if root is not None else tuple(earlier)
@@ -226,16 +245,17 @@ class Dispatcher:
             versions=arrived.versions,
             classes=arrived.classes,
             parent=relatedness.choice.parent,
-            transfer=relatedness.choice.transfer,
+            transfer=result.transfer,
             distillation=result.distillation,
             autoencoder=registry.autoencoders[task].artifact,
             relatedness=self._relatedness.pop(task),
             expert=result.expert,
+            contest=result.contest,
         )
         self._record(TaskTimings(task, tuple(self._timings.pop(task))))
         self._record(manifest)
         self._logs[task] = result.log
-        self._delete_checkpoint(task)
+        self._delete_checkpoints(task)
         if len({worker.node for worker in self.engine.workers()}) > 1:
             self._drop_features(task)
 
@@ -246,9 +266,9 @@ class Dispatcher:
         for worker in workers.values():
             self.engine.submit(None, worker, messages.DropRequest(self._tasks[task].key))
 
-    def _delete_checkpoint(self, task: TaskId) -> None:
+    def _delete_checkpoints(self, task: TaskId) -> None:
         try:
-            delete_checkpoint(self.storage, task)
+            delete_checkpoints(self.storage, task)
         except StorageError as error:
             logger.warning("The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s", task, error)
 

@@ -22,6 +22,9 @@ from distributed_eg.store.storage import Artifact, Storage
 
 logger = logging.getLogger(__name__)
 
+_FORMER_WAYS = {"gate_score": "residual", "unknown": "expert", "unknown_quantile": 0.99, "transfer": "threshold"}
+"""The only ones that earlier versions had, and did not write down."""
+
 _LIBRARIES = ("torch", "torchvision", "avalanche-lib", "safetensors", "pyarrow")
 
 
@@ -104,10 +107,9 @@ def _require_same(shown: str, known: RunRecord, wanted: RunRecord, *, same_strea
         ResumeError: it is not.
     """
     then, now = asdict(known), asdict(wanted)
-    if "gate_score" not in then["method"]:  # an earlier version's, which had the default alone
-        then["method"] |= {"gate_score": "residual", "unknown": "expert", "unknown_quantile": 0.99}
-        if now["method"]["temp"] is None:
-            then["method"]["temp"] = None
+    if "gate_score" not in then["method"] and now["method"]["temp"] is None:
+        then["method"]["temp"] = None
+    then["method"] = _FORMER_WAYS | then["method"]
     if not same_stream:
         now["method"]["feature_batch_size"] = then["method"].get("feature_batch_size")
         is_given = now["settings"].get("reference") is not None

@@ -16,10 +16,10 @@ from distributed_eg.errors import ExpertGateError
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.schedule.events import Cause, Stage
 from distributed_eg.store.checkpoints import CheckpointSlot
-from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
+from distributed_eg.store.records import AutoencoderRecord, Contest, RelatednessRecord, StatisticsRecord, TaskRecord
 from distributed_eg.store.registry import ExpertRef, GateRef
 from distributed_eg.store.storage import Artifact
-from distributed_eg.types import TaskId, TransferChoice
+from distributed_eg.types import TaskId, Transfer, TransferChoice
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,17 @@ class AutoencoderRequest:
 
 @dataclass(frozen=True)
 class RelateRequest:
-    """Relate a task to the candidates, None standing for the root; ``summaries`` are its own and those of the
-    candidates, but for the root, where the gate goes by the shared score."""
+    """Relate a task to the candidates, None standing for the root.
+
+    ``limits`` are the candidates', above which an image is strange to them, None where that is not known. ``summaries``
+    are its own and those of the candidates, but for the root, where the gate goes by the shared score.
+    """
 
     input: TaskInput
     statistics: StatisticsRecord
     own: Artifact
     candidates: tuple[tuple[TaskId | None, Artifact], ...]
+    limits: tuple[float | None, ...] = ()
     summaries: tuple[Artifact, ...] = ()
 
 
@@ -230,11 +234,13 @@ Request: TypeAlias = StageRequest | ReferenceRequest | EvaluateRequest | DropReq
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """A sealed expert, and the log of its training."""
+    """A sealed expert, how it learnt, and the log of its training; ``contest`` tells where that was the better way."""
 
     expert: Artifact
+    transfer: Transfer
     distillation: float | None
     log: Any
+    contest: Contest | None = None
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ class Run:
         )
         way_on = self._setup.cluster.way_on
         dispatcher = Dispatcher(
-            self._engine, self.storage, self.recorded, registry, source, trainer, self._observer, way_on
+            *(self._engine, self.storage, self.recorded, registry, source, trainer, self._observer),
+            *(way_on, self._setup.method.unknown_quantile),
         )
         try:
             dispatcher.run(machine)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distributed_eg.errors import DamagedFileError, StorageError
 from distributed_eg.store import layout, records
-from distributed_eg.store.records import CheckpointRecord
+from distributed_eg.store.records import CheckpointRecord, RivalCheckpointRecord
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.weights import load_tensors, save_tensors
 from distributed_eg.types import TaskId
@@ -31,6 +31,9 @@ _ARRAY_KINDS = "biufcSUmM"
 """Kinds of numpy values that are nothing but their bytes."""
 
 
+CHECKPOINTS = (CheckpointRecord, RivalCheckpointRecord)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A stage's state after ``epochs`` epochs: ``values`` and ``tensors`` are what ``encode`` gave, ``key`` is of
@@ -44,11 +47,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointSlot:
-    """Where one stage keeps its checkpoint: the newest one, under the stage's own key."""
+    """Where one training keeps its checkpoint: the newest one, under the training's own key."""
 
     storage: Storage
     task: TaskId
     key: str
+    kind: type[CheckpointRecord] = CheckpointRecord
+
+    @property
+    def path(self) -> str:
+        """Of the record."""
+        return self.kind.path_of(self.task)
 
     def load(self) -> Checkpoint | None:
         """The stage's checkpoint; None where there is none, where it is of another stage, or, with a warning, damaged.
@@ -56,10 +65,10 @@ class CheckpointSlot:
         Raises:
             StorageError: the run directory does not answer.
         """
-        if not self.storage.exists(CheckpointRecord.path_of(self.task)):
+        if not self.storage.exists(self.path):
             return None
         try:
-            record = records.read(self.storage, CheckpointRecord, self.task)
+            record = records.read(self.storage, self.kind, self.task)
             if record is None or record.key != self.key:
                 return None
             return Checkpoint(self.key, record.epochs, record.values, load_tensors(self.storage, record.tensors))
@@ -74,26 +83,31 @@ class CheckpointSlot:
         Raises:
             StorageError: the run directory cannot be written.
         """
-        tensors = save_tensors(self.storage, layout.task_weights(self.task, "checkpoint"), checkpoint.tensors)
-        record = CheckpointRecord(self.task, checkpoint.key, checkpoint.epochs, checkpoint.values, tensors)
+        weights = layout.task_weights(self.task, self.kind.name)
+        tensors = save_tensors(self.storage, weights, checkpoint.tensors)
+        record = self.kind(self.task, checkpoint.key, checkpoint.epochs, checkpoint.values, tensors)
         records.seal(self.storage, record)
-        _delete_weights(self.storage, self.task, but=tensors.path)
+        _delete_weights(self.storage, weights, but=tensors.path)
 
     def delete(self) -> None:
-        """Remove the checkpoint as ``delete_checkpoint`` does, so that the stage starts from its beginning."""
-        delete_checkpoint(self.storage, self.task)
+        """Remove the checkpoint: the record, then all weights, those of killed writers included.
+
+        Raises:
+            StorageError: a file may not be removed.
+        """
+        if self.storage.exists(self.path):
+            self.storage.delete(self.path)
+        _delete_weights(self.storage, layout.task_weights(self.task, self.kind.name))
 
 
-def delete_checkpoint(storage: Storage, task: TaskId) -> None:
-    """Remove a task's checkpoint where there is one: the record, then all weights, those of killed writers included.
+def delete_checkpoints(storage: Storage, task: TaskId) -> None:
+    """Remove a task's checkpoints where there are any.
 
     Raises:
         StorageError: a file may not be removed.
     """
-    path = CheckpointRecord.path_of(task)
-    if storage.exists(path):
-        storage.delete(path)
-    _delete_weights(storage, task)
+    for kind in CHECKPOINTS:
+        CheckpointSlot(storage, task, "", kind).delete()
 
 
 def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -167,8 +181,7 @@ def _decode(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any
     return _DICTS[kind]({key: _decode(item, tensors, device) for key, item in content})
 
 
-def _delete_weights(storage: Storage, task: TaskId, but: str = "") -> None:
-    prefix = layout.task_weights(task, "checkpoint")
+def _delete_weights(storage: Storage, prefix: str, but: str = "") -> None:
     folder = prefix.rpartition("/")[0]
     for path in [f"{folder}/{name}" for name in storage.list(folder)]:
         if path.startswith(f"{prefix}-") and path != but:

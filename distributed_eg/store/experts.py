@@ -151,14 +151,12 @@ class ExpertReader:
             summaries = dict(zip(autoencoders, self.summaries(ref.summaries), strict=True)) if ref.summaries else None
             held_out = [HeldOut(**self.copies(artifact)) for artifact in ref.held_out]
             known, statistics = calibrate(held_out, ref.temp), self.statistics(ref.statistics)
-            is_known = len(held_out) == len(autoencoders)
-            if ref.unknown != "expert" and not is_known:
+            if ref.unknown != "expert" and not ref.limits:
                 raise InputError(
                     f"unknown={ref.unknown!r} needs to know how strange each task's own images are, which a task of "
                     "this run has not noted, for an earlier version trained it: leave it at 'expert'."
                 )
-            limits = tuple(table.limit(ref.unknown_quantile) for table in held_out) if is_known else ()
-            about = {"calibration": known, "limits": limits, "unknown": ref.unknown}
+            about = {"calibration": known, "limits": ref.limits, "unknown": ref.unknown}
             gate = make_gate(autoencoders, statistics, known.temp, ref.confidence_threshold, summaries, **about)
             self._gate = (ref, gate)
         return self._gate[1]

@@ -13,6 +13,7 @@
     tasks/00003/timings.json              who did what for how long; never hashed
     tasks/00003/retirement.json           when the gate did without the task; not there for one that was never retired
     tasks/00003/checkpoint.json           names checkpoint-<hash>.safetensors while the expert trains; gone afterwards
+    tasks/00003/rival.json                the same of the second expert of a contest, with rival-<hash>.safetensors
     tables/registry.parquet, tables/relatedness.parquet   exports for people, rebuilt from the records
 
 Weights are named by their own hash: a second attempt at the same stage writes the same file.
@@ -44,8 +45,8 @@ def task_file(task: TaskId, name: str) -> str:
 
 
 def task_weights(task: TaskId, name: str) -> str:
-    """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "summary", "held-out", "expert" or
-    "checkpoint"."""
+    """Path of a task's weights without hash and ending: ``name`` is "autoencoder", "summary", "held-out", "expert",
+    "checkpoint" or "rival"."""
     return f"{task_folder(task)}/{name}"
 
 

@@ -131,6 +131,16 @@ class AutoencoderRecord(RecordOfTask):
     num_samples: int
     summary: Artifact | None = field(default=None, metadata=LATER)
     """Of the same features, where the gate goes by the shared score."""
+    quantiles: tuple[float, ...] | None = field(default=None, metadata=LATER)
+    """Of its errors on the task's held-out images, at equal steps from 0 to 1: how strange its own are to it."""
+
+    def limit(self, share: float) -> float | None:
+        """The error that a share of the held-out images stays below; None in runs of earlier versions."""
+        if self.quantiles is None:
+            return None
+        place = share * (len(self.quantiles) - 1)
+        low = min(int(place), len(self.quantiles) - 2)
+        return self.quantiles[low] + (self.quantiles[low + 1] - self.quantiles[low]) * (place - low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,19 @@ class RelatednessRecord(RecordOfTask):
     errors: tuple[float, ...]
     held_out: Artifact | None = field(default=None, metadata=LATER)
     """What the task's held-out images said of the gate; None in runs of earlier versions."""
+    shared_distances: tuple[float | None, ...] | None = field(default=None, metadata=LATER)
+    """How much farther from each candidate than from its own task the held-out images lie by the shared score; None
+    for the root, and where the gate does not go by it."""
+    known_shares: tuple[float | None, ...] | None = field(default=None, metadata=LATER)
+    """The share of them that is no stranger to each candidate than its own images are; None for the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """Accuracy on a task's held-out images of the experts that both ways of transfer give from one parent."""
+
+    lwf: float
+    finetune: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +188,8 @@ class TaskManifest(RecordOfTask):
     autoencoder: Artifact
     relatedness: Artifact
     expert: Artifact
+    contest: Contest | None = field(default=None, metadata=LATER)
+    """Where ``transfer`` is the better of two that were tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +252,17 @@ class CheckpointRecord(RecordOfTask):
     tensors: Artifact
 
 
+@dataclass(frozen=True, slots=True)
+class RivalCheckpointRecord(CheckpointRecord):
+    """The same of the second expert of a contest."""
+
+    name: ClassVar[str] = "rival"
+
+
 KINDS: tuple[type[Record], ...] = (
     *(RunRecord, StatisticsRecord, StreamRecord),
     *(TaskRecord, AutoencoderRecord, RelatednessRecord, TaskManifest, TaskTimings),
-    *(RetirementRecord, CheckpointRecord),
+    *(RetirementRecord, CheckpointRecord, RivalCheckpointRecord),
 )
 """Every kind of record, in the order in which a task gets them."""
 

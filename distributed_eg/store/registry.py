@@ -67,7 +67,8 @@ class GateRef:
     held_out: tuple[Artifact, ...] = ()
     """What held-out images said of the gate."""
     unknown: Unknown = "expert"
-    unknown_quantile: float = 0.99
+    limits: tuple[float, ...] = ()
+    """Of each autoencoder, the error above which an image is strange to it; empty where one's is not known."""
 
 
 @dataclass
@@ -201,6 +202,7 @@ class Registry:
         newest = [manifest.task for _, manifest in sorted(self.active.items())]
         summaries = [self.autoencoders[task].summary for task in newest if method.gate_score == "shared"]
         held_out = [self.relatedness[task].held_out for task in newest]
+        limits = [self.autoencoders[task].limit(method.unknown_quantile) for task in newest]
         return GateRef(
             method.autoencoder.kind,
             self.statistics,
@@ -210,7 +212,7 @@ class Registry:
             tuple(filter(None, summaries)),
             tuple(filter(None, held_out)),
             method.unknown,
-            method.unknown_quantile,
+            tuple(limit for limit in limits if limit is not None) if None not in limits else (),
         )
 
     def tables(self) -> tuple[pa.Table, pa.Table]:

@@ -24,10 +24,12 @@ def _schema(**columns: str) -> pa.Schema:
 REGISTRY_SCHEMA = _schema(
     **{"task": "int64", "label": "int64", "parent": "int64?", "transfer": "string", "num_classes": "int64"},
     **{"autoencoder_sha256": "string", "expert_sha256": "string", "train_s": "float64", "worker": "string?"},
+    **{"lwf_accuracy": "float64?", "finetune_accuracy": "float64?"},
 )
 RELATEDNESS_SCHEMA = _schema(
     **{"task": "int64", "label": "int64", "candidate": "int64?", "error": "float64", "own_error": "float64"},
     **{"variance": "float64", "unit": "string", "relatedness": "float64", "chosen": "bool", "transfer": "string?"},
+    **{"shared_distance": "float64?", "known_share": "float64?"},
 )
 
 
@@ -59,6 +61,8 @@ def registry_rows(
             "expert_sha256": manifest.expert.sha256,
             "train_s": sum(timing.seconds for timing in stages),
             "worker": workers[-1] if workers else None,
+            "lwf_accuracy": None if manifest.contest is None else manifest.contest.lwf,
+            "finetune_accuracy": None if manifest.contest is None else manifest.contest.finetune,
         }
 
 
@@ -66,6 +70,7 @@ def relatedness_table(records: Sequence[RelatednessRecord], manifests: Sequence[
     """One row a sealed task and candidate, in order of arrival; candidate null stands for the pretrained root."""
     first = first_numbers(manifests)
     labels = {manifest.task: manifest.label for manifest in manifests}
+    transfers = {manifest.task: manifest.transfer for manifest in manifests}
     parts = [RELATEDNESS_SCHEMA.empty_table()]
     for record in sorted(records, key=lambda record: record.task):
         size, chosen = len(record.candidates), [c == record.choice.parent for c in record.candidates]
@@ -79,7 +84,9 @@ def relatedness_table(records: Sequence[RelatednessRecord], manifests: Sequence[
             "unit": pa.repeat(record.unit, size),
             "relatedness": pa.array(relatedness(record.errors, record.own_error, record.variance, record.unit)),
             "chosen": pa.array(chosen, pa.bool_()),
-            "transfer": pa.array([record.choice.transfer if is_chosen else None for is_chosen in chosen], pa.string()),
+            "transfer": pa.array([transfers[record.task] if is_chosen else None for is_chosen in chosen], pa.string()),
+            "shared_distance": pa.array(record.shared_distances or [None] * size, pa.float64()),
+            "known_share": pa.array(record.known_shares or [None] * size, pa.float64()),
         }
         parts.append(pa.table(columns, schema=RELATEDNESS_SCHEMA))
     return pa.concat_tables(parts).combine_chunks()
@@ -114,6 +121,11 @@ def fault_of_export(data: bytes | None, table: pa.Table, known: Sequence[Mapping
         rows = found.to_pylist()
     except (ValueError, OSError, pa.ArrowException) as error:  # UnicodeDecodeError is a ValueError
         return f"is no whole Parquet file ({(str(error).splitlines() or [''])[0]:.100})"
+    # Columns that came later say nothing of what an earlier version trained.
+    num_columns = len(found.column_names)
+    if all(table[name].null_count == len(table) for name in table.column_names[num_columns:]):
+        table = table.select(table.column_names[:num_columns])
+        known = [{name: row[name] for name in table.column_names} for row in known]
     wanted = [repr(row) for row in table.to_pylist()]  # as text, NaN equals NaN
     strange = [row for row in rows if repr(row) not in {*wanted, *map(repr, known)}]
     if strange and {row.get("task") for row in strange} - {row["task"] for row in known}:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
 from distributed_eg.store import layout, records
+from distributed_eg.store.checkpoints import CHECKPOINTS
 from distributed_eg.store.lease import Lease, LeaseRecord, holder_of, last_session
 from distributed_eg.store.local_files import TEMPORARY
 from distributed_eg.store.record_text import REPAIR, repair_of
@@ -18,7 +19,7 @@ from distributed_eg.store.tables import export_tables, fault_of_export, registry
 from distributed_eg.types import TaskId
 
 _WEIGHTS = re.compile(
-    rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|summary|held-out|expert|checkpoint))-[0-9a-f]+\.safetensors"
+    rf"(root|statistics|root-autoencoder|{layout.TASKS}/\d{{5,}}/(autoencoder|summary|held-out|expert|checkpoint|rival))-[0-9a-f]+\.safetensors"
 )
 _EXPORTS = (layout.REGISTRY_TABLE, layout.RELATEDNESS_TABLE)
 _REBUILT = (
@@ -128,7 +129,8 @@ def unnamed(storage: Storage) -> list[str]:
     """
     found = records.read_all(storage)
     known = found.records.values()
-    over = {records.CheckpointRecord.path_of(r.task) for r in known if isinstance(r, records.TaskManifest)}
+    sealed = [record.task for record in known if isinstance(record, records.TaskManifest)]
+    over = {kind.path_of(task) for kind in CHECKPOINTS for task in sealed}
     gone = over | _forgotten(found)
     named = [
         (record, file.path)
@@ -245,7 +247,7 @@ def _sealed(found: records.StoredRecords) -> tuple[list[records.TaskManifest], d
 def _has_changed(storage: Storage, record: records.CheckpointRecord) -> bool:
     """Whether a checkpoint's record is another one by now, or gone."""
     try:
-        return records.read(storage, records.CheckpointRecord, record.task) != record
+        return records.read(storage, type(record), record.task) != record
     except StorageError:
         return True
 

@@ -38,7 +38,7 @@ from distributed_eg.strategy.tasks.told_of_images import Told
 from distributed_eg.strategy.training.packing import pack
 from distributed_eg.strategy.training.single_expert import SingleExpert
 from distributed_eg.strategy.training.trainer import StrategyTrainer
-from distributed_eg.types import OnRepeat, Unknown
+from distributed_eg.types import OnRepeat, TransferRule, Unknown
 
 
 class ExpertGateStrategy(RunHolder):
@@ -74,6 +74,7 @@ class ExpertGateStrategy(RunHolder):
         ae_optimizer: AutoencoderOptimizer = "sgd",
         cluster: ClusterConfig | None = None,
         seed: int = 0,
+        transfer: TransferRule = "threshold",
         distillation_weight: float = 1.0,
         distillation_temp: float = 2.0,
         confidence_threshold: float | None = None,
@@ -113,6 +114,8 @@ class ExpertGateStrategy(RunHolder):
             ae_optimizer: "sgd" (momentum 0.9), "adagrad" or "adam".
             cluster: where to run; None is Ray on this machine.
             seed: of everything that is drawn.
+            transfer: how an expert learns from its parent: as ``rel_thresh`` says ("threshold"), or both ways, of
+                which the better on the held-out part is kept, at a tie that of ``rel_thresh`` ("best").
             distillation_weight: λ of learning without forgetting.
             distillation_temp: its temperature.
             confidence_threshold: experts that are at least this confident answer together; None: the best alone.
@@ -165,6 +168,7 @@ class ExpertGateStrategy(RunHolder):
             confidence_threshold=confidence_threshold,
             unknown=unknown,
             unknown_quantile=unknown_quantile,
+            transfer=transfer,
             distillation_weight=distillation_weight,
             distillation_temp=distillation_temp,
             freeze_norm=freeze_norm,

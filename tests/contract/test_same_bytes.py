@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_eg import ClusterConfig
-from tests.helpers import DOMAINS, INLINE, SETTINGS, outcome, tiny_benchmark, tiny_strategy
+from distributed_eg import ClusterConfig, ExpertGate
+from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, outcome, tiny_benchmark, tiny_net, tiny_strategy
 
 
 def run(cluster: ClusterConfig, *, stepwise: bool = False, **overrides: Any) -> dict[str, Any]:
@@ -69,6 +69,22 @@ def test_another_seed_gives_other_bytes(inline: dict[str, Any]) -> None:
 def test_ray(inline: dict[str, Any], num_workers: int) -> None:
     cluster = ClusterConfig(num_workers=num_workers, gpus_per_worker=0.5)
     assert run(cluster) == inline
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_by_the_score_of_the_paper(inline: dict[str, Any]) -> None:
+    """What is trained is the same, and so is the routing, on workers and step by step."""
+
+    def by_residuals(cluster: ClusterConfig, *, stepwise: bool = False) -> dict[str, Any]:
+        model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="residual")
+        return run(cluster, stepwise=stepwise, model=model)
+
+    expected = by_residuals(INLINE)
+    assert expected["registry"] == inline["registry"]
+    assert expected["routed"] != inline["routed"]
+    assert by_residuals(INLINE, stepwise=True) == expected
+    assert by_residuals(ClusterConfig(num_workers=2, gpus_per_worker=0.5)) == expected
 
 
 @pytest.mark.cluster

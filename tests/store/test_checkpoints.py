@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distributed_eg.errors import DamagedFileError, StorageError
-from distributed_eg.store.checkpoints import Checkpoint, CheckpointSlot, decode, delete_checkpoint, encode
+from distributed_eg.store.checkpoints import Checkpoint, CheckpointSlot, decode, delete_checkpoints, encode
 from distributed_eg.store.storage import Storage
 
 FOLDER = "tasks/00003"
@@ -76,7 +76,7 @@ def test_a_writer_killed_between_tensors_and_record_leaves_the_one_before(
     assert found is not None
     assert found.epochs == 1
     assert len(weights(storage)) == 2
-    delete_checkpoint(storage, 3)
+    delete_checkpoints(storage, 3)
     assert storage.list(FOLDER) == []
 
 
@@ -91,7 +91,7 @@ def test_what_a_record_that_was_tampered_with_names_is_not_deleted(storage: Stor
 
 
 def test_nothing_to_delete(storage: Storage) -> None:
-    delete_checkpoint(storage, 3)
+    delete_checkpoints(storage, 3)
     storage.write(f"{FOLDER}/expert-0.safetensors", b"x")
     CheckpointSlot(storage, 3, "k").delete()
     assert storage.list(FOLDER) == ["expert-0.safetensors"]

@@ -18,10 +18,12 @@ from distributed_eg.store import layout, records
 from distributed_eg.store.records import (
     AutoencoderRecord,
     CheckpointRecord,
+    Contest,
     Record,
     RecordOfTask,
     RelatednessRecord,
     RetirementRecord,
+    RivalCheckpointRecord,
     RunRecord,
     Span,
     StageTiming,
@@ -58,7 +60,13 @@ NAMED: list[tuple[Record, str, list[str]]] = [
     (StreamRecord(4), "stream.json", []),
     (ARRIVAL, "tasks/00003/task.json", []),
     (AUTOENCODER, "tasks/00003/autoencoder.json", ["a"]),
+    (replace(AUTOENCODER, summary=artifact("s"), quantiles=(0.5, 2 / 3)), "tasks/00003/autoencoder.json", ["a", "s"]),
     (RELATEDNESS, "tasks/00003/relatedness.json", []),
+    (
+        replace(RELATEDNESS, held_out=artifact("h"), shared_distances=(None, -1 / 3), known_shares=(None, 1.0)),
+        "tasks/00003/relatedness.json",
+        ["h"],
+    ),
     (
         replace(
             RELATEDNESS,
@@ -73,7 +81,9 @@ NAMED: list[tuple[Record, str, list[str]]] = [
     ),
     (MANIFEST, "tasks/00003/manifest.json", ["a", "r", "e"]),
     (replace(MANIFEST, parent=None, transfer="fresh", distillation=None), "tasks/00003/manifest.json", ["a", "r", "e"]),
+    (replace(MANIFEST, contest=Contest(1 / 3, 1.0)), "tasks/00003/manifest.json", ["a", "r", "e"]),
     (TIMINGS, "tasks/00003/timings.json", []),
+    (RivalCheckpointRecord(3, "k", 2, None, artifact("c")), "tasks/00003/rival.json", ["c"]),
     (CHECKPOINT, "tasks/00003/checkpoint.json", ["c"]),
     (RetirementRecord(3, (Span(4, 6), Span(7, None)), False), "tasks/00003/retirement.json", []),
 ]
@@ -175,7 +185,7 @@ def test_all_records_are_read_and_damaged_ones_told_apart(tmp_path: Path) -> Non
     assert [*found.errors] == [MANIFEST.path]
     assert found.artifacts == {path: artifact_of_record(record) for path, record in found.records.items()}
     (only,) = records.read_all(storage, [AutoencoderRecord]).records.values()
-    assert only == AUTOENCODER
+    assert only == replace(AUTOENCODER, summary=artifact("s"), quantiles=(0.5, 2 / 3))
 
 
 def test_a_record_in_another_tasks_folder_is_refused(tmp_path: Path) -> None:

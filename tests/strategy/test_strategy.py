@@ -341,9 +341,9 @@ class TestRun:
             for task, (autoencoder, expert) in enumerate(hashes(strategy)):
                 folder = tmp_path / "run" / "tasks" / f"{task:05d}"
                 found = {hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
-                held_out = registry.relatedness[task].held_out
-                assert held_out is not None
-                assert found == {autoencoder, expert, held_out.sha256}
+                beside = (registry.autoencoders[task].summary, registry.relatedness[task].held_out)
+                assert found == {autoencoder, expert, *(artifact.sha256 for artifact in beside if artifact)}
+                assert len(found) == 4
 
     def test_a_temporary_run_lives_as_long_as_the_model(self) -> None:
         benchmark = tiny_benchmark((0, 1))

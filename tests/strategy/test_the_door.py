@@ -84,6 +84,7 @@ NAMED = {
     "ae_optimizer": ["", "SGD", torch.optim.SGD, None],
     "on_repeat": ["", None, ["continue"], np.array(["continue", "error"])],
     "unknown": ["", None, "nobody", ["expert"]],
+    "transfer": ["", None, "lwf", ["best"]],
     "freeze_norm": ["False", None, 2],
     "confidence_threshold": ["0.5", 0, True],
     "device": ["", "gpu", True, -1, ["cpu"], 1.5],

@@ -5,33 +5,42 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch import nn
 
 from distributed_eg.config import AutoencoderConfig
-from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit
-from distributed_eg.method.calibration import hold_out
-from distributed_eg.method.expert import continue_expert, derive_expert, train_as
+from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit, stack_autoencoders
+from distributed_eg.method.calibration import hold_out, quantiles_of
+from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
 from distributed_eg.method.relatedness import TaskErrors, choose_transfer
 from distributed_eg.method.shared_score import SharedStack
 from distributed_eg.method.standardize import compute_statistics
 from distributed_eg.method.summary import fit_summary
 from distributed_eg.runtime import messages
+from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
 from distributed_eg.store.checkpoints import CheckpointSlot
 from distributed_eg.store.features import FeatureFile, write_features
 from distributed_eg.store.layout import task_weights
-from distributed_eg.store.records import AutoencoderRecord, RelatednessRecord, StatisticsRecord, TaskRecord
+from distributed_eg.store.records import (
+    AutoencoderRecord,
+    CheckpointRecord,
+    Contest,
+    RelatednessRecord,
+    RivalCheckpointRecord,
+    StatisticsRecord,
+    TaskRecord,
+)
 from distributed_eg.store.reference import save_statistics
 from distributed_eg.store.registry import ExpertRef
 from distributed_eg.store.storage import Artifact
 from distributed_eg.store.weights import save_tensors
-from distributed_eg.types import TransferChoice, derive_seed
+from distributed_eg.types import Transfer, TransferChoice, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +49,7 @@ _SMALL_FIRST_TASK = 50
 _HELD_OUT_BYTES = 32 * 2**20
 """Of directions of scatter, where held-out images are asked: a quarter of the gate's, for every task asks anew."""
 _LEARNT_SHARE = 0.95
+_RIVALS: dict[Transfer, Transfer] = {"lwf": "finetune", "finetune": "lwf"}
 _ROOT_TASK = -1
 """Stands for the reference dataset where a seed asks for a task's number."""
 
@@ -93,9 +103,11 @@ def fit_task_autoencoder(context: WorkerContext, request: messages.AutoencoderRe
         known = None if before is None or before.summary is None else context.reader.summaries([before.summary])[0]
         fitted = fit_summary(features.blocks, features.classes, start=known and known.to(context.device))
         summary = save_tensors(context.storage, task_weights(task, "summary"), fitted.tensors())
-    record = AutoencoderRecord(task, request.input.record.label, config.kind, artifact, num_samples, summary)
+    held_out = context.feature_file(request.input, "valid", request.statistics)
+    quantiles = quantiles_of(_residuals([stack_autoencoders([autoencoder])], held_out)[:, 0])
     context.drop_features(request.input.key, "train")
-    return record
+    label = request.input.record.label
+    return AutoencoderRecord(task, label, config.kind, artifact, num_samples, summary, quantiles)
 
 
 def relate_task(context: WorkerContext, request: messages.RelateRequest) -> RelatednessRecord:
@@ -107,19 +119,25 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
     stacks = [*context.reader.stacks(kind, [request.own]), *context.reader.stacks(kind, artifacts)]
     residuals, (own, *rest), variance = _validation_errors(stacks, features)
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
+    of_tasks = [candidate is not None for candidate in candidates]
     unit = relatedness_unit(kind)
     choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
     if request.input.record.continues is not None:
         choice = TransferChoice(request.input.record.continues, "continue")
     _warn_if_unlearnt(request.input.record, own, variance, len(features), method.autoencoder)
-    scored = residuals[:, [0, *(i for i, candidate in enumerate(candidates, 1) if candidate is not None)]]
+    scored, distances = residuals[:, [True, *of_tasks]], None
     if request.summaries:
         shared = SharedStack(context.reader.summaries(request.summaries, _HELD_OUT_BYTES), _HELD_OUT_BYTES)
         scored = torch.cat([shared.errors(block) for block in features.blocks(_BLOCK_ROWS)])
-    table = hold_out(scored[:, 0], scored[:, 1:], residuals[:, 0])
+        farther = iter((scored[:, 1:] - scored[:, :1]).double().mean(0).tolist())
+        distances = tuple(next(farther) if is_task else None for is_task in of_tasks)
+    table = hold_out(scored[:, 0], scored[:, 1:])
     held_out = save_tensors(context.storage, task_weights(task, "held-out"), table.tensors())
+    limits = zip(residuals[:, 1:].T, request.limits, strict=True)
+    shares = tuple(None if limit is None else float((e <= limit).double().mean()) for e, limit in limits)
     context.drop_features(request.input.key, "valid")
-    return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), tuple(candidates.values()), held_out)
+    errors = tuple(candidates.values())
+    return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), errors, held_out, distances, shares)
 
 
 def _warn_if_unlearnt(
@@ -146,7 +164,40 @@ def _warn_if_unlearnt(
 
 
 def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:
-    """Train a task's expert with the user's own strategy, from its parent, and seal it."""
+    """Train a task's expert with the user's own strategy, from its parent, and seal it; where the better of both ways
+    of transfer is wanted one after the other, each as if it was the only one."""
+    first = _train_expert(context, request, CheckpointRecord)
+    setup, task = context.setup, request.input.record.task
+    if setup.method.transfer != "best" or first.transfer not in _RIVALS:
+        return first
+    rival = replace(request, choice=replace(request.choice, transfer=_RIVALS[first.transfer]))
+    seed = derive_seed(setup.method.seed, task, type(request).__name__)  # the stage's own
+    with reproducible(seed, setup.cluster.threads, context.device):
+        second = _train_expert(context, rival, RivalCheckpointRecord)
+    right = {result.transfer: _held_out_accuracy(context, request.input, result.expert) for result in (first, second)}
+    # At a tie the paper's rule decides.
+    best, other = (second, first) if right[second.transfer] > right[first.transfer] else (first, second)
+    if other.expert.path != best.expert.path:
+        context.storage.delete(other.expert.path)
+    return replace(best, contest=Contest(**right))
+
+
+def _held_out_accuracy(context: WorkerContext, task_input: messages.TaskInput, artifact: Artifact) -> float:
+    """The share of a task's held-out images that a sealed expert is right about."""
+    expert = context.reader.expert(ExpertRef(artifact, task_input.record.classes))
+    data: TaskData = task_input.data.load(context.fetch)
+    classes = torch.tensor(expert.classes, device=context.device)
+    reader, right = Reader(data.gate_valid, f"task {task_input.record.task}"), []
+    with torch.no_grad():
+        for images, targets in context.batches(reader):
+            logits = logits_of(expert.network, images.to(context.device))
+            right.append((classes[logits.argmax(1)].cpu() == targets).double())
+    return float(torch.cat(right).mean())
+
+
+def _train_expert(
+    context: WorkerContext, request: messages.ExpertRequest, kind: type[CheckpointRecord]
+) -> messages.ExpertResult:
     arrived = request.input.record
     context.reader.release(but=request.parent)
     derive = partial(_derive, context, request)
@@ -167,7 +218,7 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
         method=context.setup.method,
         device=context.device,
         is_stopping=context.stopping.is_set,
-        checkpoints=CheckpointSlot(context.storage, arrived.task, _stage_key(context, request)),
+        checkpoints=CheckpointSlot(context.storage, arrived.task, _stage_key(context, request), kind),
         checkpoint_every_s=context.setup.cluster.checkpoint_every_s,
     )
     trainer: ExpertTrainer = request.trainer.load(context.fetch)
@@ -175,7 +226,7 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
     state = trained.network.state_dict()
     artifact = save_tensors(context.storage, task_weights(arrived.task, "expert"), state)
     context.reader.keep(ExpertRef(artifact, arrived.classes), state)  # a child may train here next
-    return messages.ExpertResult(artifact, trained.distillation, trained.log)
+    return messages.ExpertResult(artifact, request.choice.transfer, trained.distillation, trained.log)
 
 
 def _parent(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:
@@ -219,19 +270,23 @@ def drop_features(context: WorkerContext, request: messages.DropRequest) -> None
 
 
 @torch.no_grad()
+def _residuals(stacks: list[AutoencoderStack], features: FeatureFile) -> torch.Tensor:
+    """Each row's error by each autoencoder."""
+    blocks = features.blocks(_BLOCK_ROWS)
+    return torch.cat([torch.cat([stack.errors(block) for stack in stacks], dim=1) for block in blocks])
+
+
+@torch.no_grad()
 def _validation_errors(
     stacks: list[AutoencoderStack], features: FeatureFile
 ) -> tuple[torch.Tensor, list[float], float]:
     """Each row's error by each autoencoder, on the CPU, their means over all rows, and the rows' mean squared distance
     to their mean."""
-    totals: list[torch.Tensor] = []
-    rows: list[torch.Tensor] = []
+    rows = _residuals(stacks, features).cpu()
     mean = torch.stack([block.double().sum(0) for block in features.blocks(_BLOCK_ROWS)]).sum(0) / len(features)
     variance = 0.0
     for block in features.blocks(_BLOCK_ROWS):
-        of_block = torch.cat([stack.errors(block) for stack in stacks], dim=1)
-        rows.append(of_block.cpu())
-        totals.append(of_block.double().sum(0).cpu())
         variance += float((block.double() - mean).square().sum())
-    errors = sum(totals, torch.zeros_like(totals[0])) / len(features)
-    return torch.cat(rows), errors.tolist(), variance / len(features)
+    totals = (part.double().sum(0) for part in rows.split(_BLOCK_ROWS))
+    errors = sum(totals, torch.zeros(rows.shape[1], dtype=torch.float64)) / len(features)
+    return rows, errors.tolist(), variance / len(features)

@@ -18,7 +18,6 @@ from distributed_eg.errors import DivergedError, HookError, InputError, StoppedE
 from distributed_eg.method.distill import Distillation
 from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
 from distributed_eg.runtime.worker.causes import ends_process, is_ours, users_error
-from distributed_eg.store.layout import task_file
 from distributed_eg.strategy.avalanche_types import Plugin, Template
 from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
 from distributed_eg.strategy.training.checkpoint import Checkpointing
@@ -228,7 +227,7 @@ def _begin_distillation(job: ExpertJob, optimizer: torch.optim.Optimizer) -> Dis
 def _hook_error(error: BaseException, job: ExpertJob, checkpointing: Checkpointing | None) -> HookError:
     note = ""
     if checkpointing is not None and (epochs := checkpointing.resumed_after):
-        path = task_file(job.task, "checkpoint")
+        path = "" if job.checkpoints is None else job.checkpoints.path
         note = f"It went on from its checkpoint after {epochs} epochs; if that is why, delete {path!r}.\n"
     return users_error(error, f"Training the expert of task {job.task} (label {job.label})", note=note)
 

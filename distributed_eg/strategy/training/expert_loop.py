@@ -95,8 +95,11 @@ class ExpertLoop(Template):
         losses.check_targets(criterion, targets, classes)
         if classes is not None and (targets.is_floating_point() or not losses.takes_infinities(criterion)):
             return losses.one_number(losses.local_loss(criterion, self.mb_output, targets, classes))
-        output = self.mb_output if self.is_training else losses.widened(criterion, self.mb_output)
-        return losses.one_number(criterion(output, targets))
+        if self.is_training:
+            return losses.one_number(criterion(self.mb_output, targets))
+        output = losses.widened(criterion, self.mb_output)
+        device = losses.device_of(criterion, output.device)  # its weights lie where the user has them
+        return losses.one_number(criterion(output.to(device), targets.to(device)))
 
 
 def _num_batches(loader: object) -> int | None:

@@ -107,6 +107,12 @@ def widened(criterion: object, output: Tensor) -> Tensor:
     return pad(output, (0, missing), value=ABSENT_LOG_PROBABILITY) if missing else output
 
 
+def device_of(criterion: object, otherwise: torch.device) -> torch.device:
+    """Where a criterion's weights are; ``otherwise`` where it has none."""
+    kept = (value for held in _holders(criterion) for value in held.values() if isinstance(value, Tensor))
+    return next((tensor.device for tensor in kept), otherwise)
+
+
 def one_number(loss: object) -> Tensor:
     """``loss``, as it is.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torchvision.transforms import v2
 
 from distributed_eg import ExpertGateStrategy
 from distributed_eg.errors import InputError
+from distributed_eg.strategy.training.expert_loop import ExpertLoop
 from distributed_eg.strategy.training.losses import local_loss
 from tests.helpers import hashes, tiny_benchmark, tiny_strategy
 
@@ -225,3 +227,16 @@ def test_plain_cross_entropy_is_the_default_as_it_was() -> None:
             strategy.train(made.train_stream)
             results.append(hashes(strategy))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda w: nn.CrossEntropyLoss(weight=w), Focal, lambda w: partial(functional.cross_entropy, weight=w)],
+    ids=["weight", "buffer", "keyword"],
+)
+def test_an_evaluation_asks_a_criterion_where_its_weights_are(make: Callable[[Tensor], Any]) -> None:
+    """Answers come to the CPU; the user may have the weights on a card."""
+    criterion = make(WEIGHTS.to("meta"))
+    answers = SimpleNamespace(model=None, _criterion=criterion, is_training=False)
+    answers.mb_output, answers.mb_y = torch.zeros(4, 5), torch.tensor([1, 3, 1, 3])
+    assert ExpertLoop.criterion(answers).device.type == "meta"  # type: ignore[arg-type]

@@ -24,6 +24,8 @@ from distributed_eg.store.local_files import TEMPORARY
 from distributed_eg.store.record_text import REPAIR, parse_record, record_bytes
 
 _HASH_DIGITS = 16
+_FAULTS = (OSError, pa.ArrowException)
+"""What file systems raise; Google's, where it does not know better, none of Python's own."""
 
 
 @dataclass(frozen=True)  # without slots, with which it pickles three times slower; a request has one for each task
@@ -133,7 +135,7 @@ class Storage:
         try:
             with self._fs.open_input_stream(path) as stream:
                 return bytes(stream.read())
-        except OSError as error:
+        except _FAULTS as error:
             told, cause = self._told(error)
             raise StorageError(f"The run directory {self.shown!r} has no readable file {path!r}: {told}") from cause
 
@@ -235,9 +237,11 @@ class Storage:
     def list(self, path: str) -> list[str]:
         """Names of the files and folders directly under ``path``, sorted; none where it does not exist."""
         self._check(path, follow=True)
+        # Google's store has no folders, and shows none that nobody made: what lies in them tells their names.
+        selector = fs.FileSelector(path, recursive=self.local_folder is None, allow_not_found=True)
         with self._asking(path):
-            infos = self._fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in infos)
+            infos = self._fs.get_file_info(selector)
+        return sorted({info.path[len(path) :].lstrip("/").partition("/")[0] for info in infos})
 
     def delete(self, path: str) -> None:
         """Remove a file; ``StorageError`` where it is not there, or may not be removed."""
@@ -284,7 +288,7 @@ class Storage:
             yield
         except StorageError:
             raise
-        except OSError as error:
+        except _FAULTS as error:
             told, cause = self._told(error)
             raise StorageError(
                 f"The storage {self.shown!r} cannot be written at {path!r}: {told} Check that it exists, that it is "
@@ -295,7 +299,7 @@ class Storage:
     def _asking(self, path: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except _FAULTS as error:
             told, cause = self._told(error)
             raise StorageError(f"The storage {self.shown!r} does not answer for {path!r}: {told}") from cause
 

@@ -28,6 +28,17 @@ _EXIT_CODES = """Exit codes:
   143  terminated"""
 
 
+class _ToStderr(logging.Handler):
+    """Logs to what is stderr at the moment: while progress is drawn there, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record; where that fails, as other handlers do."""
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a known error ends it with one sentence on stderr.
 
@@ -64,7 +75,8 @@ def _command(arguments: list[str] | None) -> None:
     from distributed_eg.cli.verify import verify
     from distributed_eg.errors import ExpertGateError, InputError
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handlers = [_ToStderr()]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=handlers)
     # Said by a library of Avalanche's at every start, and nothing here needs one.
     warnings.filterwarnings("ignore", message="no QP solver found")
     words = sys.argv[1:] if arguments is None else arguments

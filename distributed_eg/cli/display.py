@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -56,7 +57,12 @@ class Display:
             return
         rows = max(1, self._console.height - _ROWS_AROUND)
         with Live(
-            get_renderable=lambda: self._watch.drawn(rows), console=self._console, refresh_per_second=4, transient=True
+            get_renderable=lambda: self._watch.drawn(rows),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            # One that goes to a file stays there.
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
         ):
             yield
 

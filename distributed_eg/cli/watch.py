@@ -73,11 +73,11 @@ class Watch:
         return name, stage, progress.worker, _parent(progress) if is_related else "", seconds
 
     def _to_go(self) -> str:
-        """How long the tasks that have not ended take, at the pace of those that this training did; kept ones say
-        nothing about it."""
-        ended = [progress for progress, _ in self._last.values() if _has_ended(progress)]
-        done = sum(progress.state == "finished" for progress in ended)
-        left = len(self._names) - len(ended)
+        """How long the tasks take that have neither ended nor failed, at the pace of those that this training did; kept
+        ones say nothing about it."""
+        told = [progress for progress, _ in self._last.values()]
+        done = sum(_has_ended(progress) and progress.state == "finished" for progress in told)
+        left = len(self._names) - sum(_has_ended(progress) or progress.state == "failed" for progress in told)
         if not done or not left:
             return ""
         return f", about {timedelta(seconds=round((self._clock() - self._begun) / done * left))} to go"

@@ -59,6 +59,8 @@ def test_the_time_to_go_follows_from_what_was_trained_and_not_from_what_was_kept
     line = watch.take(told(1, Stage.EXPERT, "finished", parent=None))
     assert line == "task 1 dogs [old]: expert from root, 1.2 s on worker-1, about 0:01:30 to go"
     assert "2 of 3 tasks, about 0:01:30 to go" in text_of(watch)
+    watch.take(told(2, Stage.EXPERT, "failed"))
+    assert "2 of 3 tasks\n" in "\n".join(line.rstrip() for line in text_of(watch).splitlines()) + "\n"
     line = watch.take(told(2, Stage.EXPERT, "finished", parent=0))
     assert line is not None
     assert "to go" not in line

@@ -47,6 +47,8 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes, tyro.con
     with open_run(options.run, options.cluster) as strategy:
         seed = strategy.method.seed if options.seed is None else options.seed
         benchmark = options.data.make(strategy.model.shape[1], seed)
+        if folder is not None and benchmark.transform is None:
+            raise InputError(f"--save-images cannot be had: {benchmark.name} does not say what its images go through.")
         if benchmark.shape != strategy.model.shape:
             raise InputError(
                 f"The run takes images of shape {strategy.model.shape}, {benchmark.name} has {benchmark.shape}."
@@ -80,8 +82,6 @@ def _save_images(benchmark: Benchmark, folder: Path) -> int:
     from distributed_eg.benchmarks.benchmark import IMAGENET_MEAN, IMAGENET_STD
     from distributed_eg.method.image_transform import ImageReader, transform_as_data
 
-    if benchmark.transform is None:
-        raise InputError("--save-images cannot be had of a benchmark that does not say how its images are made.")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     reader = ImageReader(transform_as_data(benchmark.transform, "RGB"), benchmark.shape)
     count = 0

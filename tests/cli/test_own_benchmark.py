@@ -129,6 +129,11 @@ def test_it_trains_on_workers_as_here_with_and_without_task_labels(
     assert all(notes.transform is not None for notes in model.notes.values())
     again = json.loads(_answer(capsys, "eval", "inline", f"{file}:plain", "--engine", "inline", "--json"))
     assert again["end_to_end_accuracy"] == inline["end_to_end_accuracy"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", "inline", f"{file}:plain", "--engine", "inline", "--save-images", "images"])
+    assert stopped.value.code == 2
+    assert "--save-images cannot be had" in capsys.readouterr().err
+    assert not Path("images").exists()
 
 
 def _answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

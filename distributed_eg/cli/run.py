@@ -91,7 +91,7 @@ class OutputOptions:
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
     log_json: bool = False
-    """Log every stage as JSON, an object a line, on stderr; with --json nothing else goes there."""
+    """Log every stage as JSON, an object a line, on stderr; with --json in place of what people read there."""
 
 
 @dataclass(frozen=True, kw_only=True)

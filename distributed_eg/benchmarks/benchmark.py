@@ -37,10 +37,10 @@ class Benchmark:
     """The domain of each task: tasks of one domain look alike."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
-    class_names: Mapping[int, str]
-    """By class id; no two tasks share one."""
-    transform: Callable[..., object]
-    """Makes of an image file what the streams hold."""
+    class_names: Mapping[int, str | None]
+    """By class id; no two tasks share one. None where only the datasets may know it."""
+    transform: Callable[..., object] | None
+    """Makes of an image file what the streams hold; None where only the datasets may know it."""
     labels: tuple[int, ...]
     """Task label of each task."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -9,17 +10,39 @@ import os
 import select
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
 from typing import NoReturn, TextIO
 
 _NOBODY_READS = 141
 _TERMINATED = 143
 
 
+_EXIT_CODES = """Exit codes:
+  0    done
+  1    the work failed, or what was checked is damaged
+  2    what was asked for cannot be used; nothing was changed
+  130  interrupted
+  141  nobody reads the output any more, as in | head
+  143  terminated"""
+
+
+class _ToStderr(logging.Handler):
+    """Logs to what is stderr at the moment: while progress is drawn there, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the record; where that fails, as other handlers do."""
+        try:
+            print(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a known error ends it with one sentence on stderr.
 
-    Exit codes: 0 done, 1 the work failed, 2 what was asked for cannot be used, 130 interrupted, 141 nobody reads the
-    output any more (as in ``| head``; what a run has sealed by then is kept), 143 terminated.
+    It exits with one of ``_EXIT_CODES``; what a run has sealed by then is kept.
     """
     try:
         try:
@@ -41,35 +64,50 @@ def main(arguments: list[str] | None = None) -> None:
 def _command(arguments: list[str] | None) -> None:
     import tyro
 
+    from distributed_eg.cli.config_file import with_config
     from distributed_eg.cli.eval import evaluate
     from distributed_eg.cli.gc import gc
+    from distributed_eg.cli.log_json import logs_json
     from distributed_eg.cli.predict import predict
-    from distributed_eg.cli.run import run
+    from distributed_eg.cli.run import RunOptions, run
     from distributed_eg.cli.simulate import simulate
     from distributed_eg.cli.tasks import tasks
     from distributed_eg.cli.verify import verify
     from distributed_eg.errors import ExpertGateError, InputError
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handlers = [_ToStderr()]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=handlers)
     # Said by a library of Avalanche's at every start, and nothing here needs one.
     warnings.filterwarnings("ignore", message="no QP solver found")
+    words = sys.argv[1:] if arguments is None else arguments
+    commands: dict[str, Callable[..., None]] = {
+        "run": run,
+        "eval": evaluate,
+        "predict": predict,
+        "tasks": tasks,
+        "verify": verify,
+        "gc": gc,
+        "simulate": simulate,
+    }
     try:
+        if words and not words[0].startswith("-") and words[0] not in commands:
+            near = get_close_matches(words[0], commands, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}."
+            raise InputError(f"There is no command {words[0]!r}; {hint}")
+        if words[:1] == ["run"] and (file := _config_in(words)) is not None:
+            # Of a file that is named the values are the defaults, so that flags win, and the help shows them.
+            commands["run"] = partial(run, options=with_config(RunOptions(), file))
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "run": run,
-                "eval": evaluate,
-                "predict": predict,
-                "tasks": tasks,
-                "verify": verify,
-                "gc": gc,
-                "simulate": simulate,
-            },
+            commands,
             prog="distributed-eg",
-            description="Expert Gate lifelong learning on Ray clusters.",
-            args=arguments,
+            description=f"Expert Gate lifelong learning on Ray clusters.\n\n{_EXIT_CODES}",
+            args=words,
         )
     except ExpertGateError as error:
-        print(f"distributed-eg: {error}", file=sys.stderr)
+        if logs_json():
+            logging.getLogger(__name__).error("%s", error)
+        else:
+            print(f"distributed-eg: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         _leave(130, "interrupted")
@@ -77,6 +115,14 @@ def _command(arguments: list[str] | None) -> None:
         if stop.code == _TERMINATED:
             _leave(_TERMINATED, "terminated")
         raise
+
+
+def _config_in(words: Sequence[str]) -> str | None:
+    """The file of ``--config``, the last one where there are several."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")  # one without a file is the command's own error
+    config: str | None = parser.parse_known_args(words)[0].config
+    return config
 
 
 def _nobody_reads(error: OSError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from distributed_eg.cli.outcome import RunOutcome, TaskLine, TaskOutcome
+from distributed_eg.cli.watch import Watch
 from distributed_eg.masking import masked
 from distributed_eg.runtime.messages import Progress
-from distributed_eg.schedule.events import Stage
 
 if TYPE_CHECKING:
     from distributed_eg.strategy.predictions import Prediction
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _WIDTH = 160
 """Columns of what no terminal shows, and so nothing limits."""
+_ROWS_AROUND = 8
+"""Of a terminal, beside the rows of tasks: the table's frame and heading, the bar, what stands above."""
 
 
 class _Console(Console):
@@ -34,43 +37,41 @@ class _Console(Console):
 
 
 class Display:
-    """Draws on a terminal; elsewhere prints one line for each stage that ends."""
+    """Draws on a terminal or in a notebook; elsewhere prints one line for each expert that is there, and for each
+    stage that fails. ``quiet`` says nothing at all."""
 
-    def __init__(self, *, to_stderr: bool) -> None:
-        self._console = _Console(stderr=to_stderr, soft_wrap=True)
-        if not self._console.is_terminal:
+    def __init__(self, *, to_stderr: bool, quiet: bool = False) -> None:
+        self._console = _Console(stderr=to_stderr, soft_wrap=True, quiet=quiet)
+        self._is_live = self._console.is_terminal or self._console.is_jupyter
+        if not self._is_live:
             self._console.width = _WIDTH
-        self._names: Mapping[int, str] = {}
-        self._cells: dict[tuple[int, Stage], str] = {}
-        self._live: Live | None = None
+        self._watch = Watch({})
 
     @contextmanager
     def training(self, names: Mapping[int, str]) -> Iterator[None]:
         """Show the progress of tasks, with their names by label."""
-        self._names = names
-        self._console.print(f"Training {len(names)} tasks …")
-        if not self._console.is_terminal:
+        self._watch = Watch(names)
+        self._console.print(f"Training {len(names)} task{'s' * (len(names) != 1)} …", highlight=False)
+        if not self._is_live:
             yield
             return
-        with Live(self._progress_table(), console=self._console, refresh_per_second=4) as self._live:
+        rows = max(1, self._console.height - _ROWS_AROUND)
+        with Live(
+            get_renderable=lambda: self._watch.drawn(rows),
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            # One that goes to a file stays there.
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+        ):
             yield
 
     def progress(self, progress: Progress) -> None:
         """Take a stage's start or end in."""
-        cells = {
-            "started": f"[yellow]{progress.worker} …",
-            "finished": f"[green]{progress.seconds:.1f} s",
-            "kept": "[green]kept",
-            "failed": "[red]failed",
-        }
-        self._cells[progress.label, progress.stage] = cells[progress.state]
-        if self._live is not None:
-            self._live.update(self._progress_table())
-        elif progress.state != "started":
-            how = {"finished": "", "failed": " failed"}.get(progress.state)
-            told = f"{how}, {progress.seconds:.1f} s on {progress.worker}" if how is not None else " kept"
-            line = f"task {progress.task} {self._names[progress.label]}: {progress.stage.value}{told}"
-            self._console.print(line, highlight=False)
+        line = self._watch.take(progress)
+        if line is not None:
+            # Escaped, and not printed without markup, which the live table would be, too.
+            self._console.print(escape(line), highlight=False)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -152,12 +153,6 @@ class Display:
             when = line.finished + (" (retired)" if line.is_retired else "")
             table.add_row(str(line.task), str(line.label), escape(classes), *sizes, when)
         self._console.print(table)
-
-    def _progress_table(self) -> Table:
-        table = Table("task", *(stage.value for stage in Stage))
-        for label, name in self._names.items():
-            table.add_row(f"{label} {name}", *(self._cells.get((label, stage), "") for stage in Stage))
-        return table
 
 
 def _class(class_id: int | None, name: str | None) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from distributed_eg import given
-from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, folder_name, open_run
+from distributed_eg.cli.options import BenchmarkOptions, WorkerOptions, folder_name, open_run, optional
 from distributed_eg.cli.outcome import outcome_of
 from distributed_eg.errors import InputError
 
@@ -20,31 +20,35 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(WorkerOptions, BenchmarkOptions):
-    """Route a task sequence's test images with a run that is there, on worker actors."""
+class EvalOptions:
+    """What is asked of which run."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Run directory: a path, or any pyarrow.fs URI."""
-    seed: int | None = None
+    data: BenchmarkOptions = field(default_factory=BenchmarkOptions)
+    cluster: WorkerOptions = field(default_factory=WorkerOptions)
+    seed: Annotated[int | None, optional("SEED")] = None
     """Seed of which images are drawn; the run's own where not given."""
-    save_images: str | None = None
+    save_images: Annotated[str | None, optional("DIR")] = None
     """Also write the test images into this folder, as PNG files in a folder a class: what predict can be tried on."""
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 
 
-def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Route a task sequence's test images with a run that is there, on worker actors."""
     from distributed_eg.cli.display import Display
     from distributed_eg.store.registry import Registry
     from distributed_eg.store.storage import Storage
 
-    options.check()
+    options.data.check()
     folder = None if options.save_images is None else Path(given.path(options.save_images, "--save-images"))
     display = Display(to_stderr=options.json)
-    with open_run(options.run, options) as strategy:
+    with open_run(options.run, options.cluster) as strategy:
         seed = strategy.method.seed if options.seed is None else options.seed
-        benchmark = options.make(strategy.model.shape[1], seed)
+        benchmark = options.data.make(strategy.model.shape[1], seed)
+        if folder is not None and benchmark.transform is None:
+            raise InputError(f"--save-images cannot be had: {benchmark.name} does not say what its images go through.")
         if benchmark.shape != strategy.model.shape:
             raise InputError(
                 f"The run takes images of shape {strategy.model.shape}, {benchmark.name} has {benchmark.shape}."
@@ -84,7 +88,7 @@ def _save_images(benchmark: Benchmark, folder: Path) -> int:
     for experience in benchmark.scenario.streams["test"]:
         for image, target, *_ in experience.dataset:
             pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-            file = folder / folder_name(benchmark.class_names[int(target)]) / f"{count:06d}.png"
+            file = folder / folder_name(benchmark.class_names[int(target)] or str(int(target))) / f"{count:06d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             to_pil_image(pixels).save(file)
             if not torch.equal(reader.open(file), image):

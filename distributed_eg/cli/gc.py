@@ -25,7 +25,7 @@ class GcOptions:
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 
 
-def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Remove the files of a run directory that no record names."""
     from distributed_eg.store import layout, verification
     from distributed_eg.store.storage import Storage

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from distributed_eg import given
 from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
 from distributed_eg.config import ClusterConfig, Engine, Resume
+from distributed_eg.errors import InputError
 
 if TYPE_CHECKING:
     from avalanche.training.plugins import EvaluationPlugin
@@ -16,43 +20,66 @@ if TYPE_CHECKING:
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
 
+def optional(metavar: str) -> Any:
+    """How the help shows an option that need not be given: by this word, and no default of None."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=lambda value: "" if value == "None" else f"({value})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
     """A task sequence, or a part of one."""
 
+    source: Annotated[tyro.conf.Positional[str | None], optional("[FILE.py:FUNCTION]")] = None
+    """Your own tasks: a function without arguments that returns an Avalanche benchmark, or this package's."""
     benchmark: str = "embedded"
     """Task sequence: embedded (real images that come inside installed packages), split-mnist, split-fashion-mnist,
     split-mnist+fashion or split-cifar10."""
-    data: str | None = None
+    data: Annotated[str | None, optional("DIR")] = None
     """Folder of the torchvision datasets."""
     download: bool = False
     """Download a missing dataset into --data."""
-    train_per_task: int | None = None
+    train_per_task: Annotated[int | None, optional("N")] = None
     """Training images a task; all there are, or 240 for embedded."""
-    test_per_task: int | None = None
+    test_per_task: Annotated[int | None, optional("N")] = None
     """Test images a task; all there are, or 120 for embedded."""
-    tasks: tuple[int, ...] | None = None
+    tasks: Annotated[tuple[int, ...] | None, optional("K...")] = None
     """Only the tasks at these positions, from 0."""
     first_label: int = 0
     """Task label of the sequence's first task; the others follow. A run knows a task by its label."""
     first_class: int = 0
     """Class id of the sequence's first class; the others follow."""
 
+    @property
+    def name(self) -> str:
+        """What a run over it is called where nobody says so."""
+        return self.benchmark if self.source is None else PurePath(self.source.rpartition(":")[0]).stem
+
     def check(self) -> None:
         """Refuse what is known to be wrong before anything heavy is loaded.
 
         Raises:
-            InputError: there is no such benchmark, or the folder has no name.
+            InputError: there is no such benchmark, the folder has no name, or an option beside a benchmark of the
+                user's own is not read.
         """
         if self.data is not None:
             given.text(self.data, "--data")
         if self.benchmark not in BENCHMARKS:
             make_benchmark(self.benchmark)  # says which names there are
+        if self.source is not None:
+            unread = ("benchmark", "data", "download", "train_per_task", "test_per_task")
+            default = BenchmarkOptions()
+            said = [f"--{name.replace('_', '-')}" for name in unread if getattr(self, name) != getattr(default, name)]
+            if said:
+                raise InputError(f"{', '.join(said)} is not read where {self.source} makes the tasks: leave it out.")
 
     def make(self, image_size: int | None, seed: int) -> Benchmark:
         """The tasks; ``InputError`` where they cannot be had."""
         from distributed_eg.benchmarks.benchmark import part_of
 
+        if self.source is not None:
+            from distributed_eg.cli.own_benchmark import own_benchmark
+
+            return part_of(own_benchmark(self.source), self.tasks, self.first_label, self.first_class)
         benchmark = make_benchmark(
             self.benchmark,
             data=self.data,
@@ -71,11 +98,11 @@ class WorkerOptions:
 
     engine: Engine = "ray"
     """ray (worker actors) or inline (this process)."""
-    address: str | None = None
+    address: Annotated[str | None, optional("ADDRESS")] = None
     """Ray cluster to attach to; else RAY_ADDRESS; else Ray is started here and stopped at the end."""
-    num_workers: int | Literal["auto"] = "auto"
+    num_workers: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="N|auto")] = "auto"
     """Worker actors; auto is one per GPU, else one per CPU, and more when nodes join."""
-    gpus_per_worker: float | None = None
+    gpus_per_worker: Annotated[float | None, optional("SHARE")] = None
     """GPUs that each worker holds, fractions allowed."""
 
     def cluster(self, storage: str, resume: Resume, threads: int, **others: object) -> ClusterConfig:

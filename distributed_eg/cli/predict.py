@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import tyro
 
 from distributed_eg import given
-from distributed_eg.cli.options import WorkerOptions, folder_name, open_run
+from distributed_eg.cli.options import WorkerOptions, folder_name, open_run, optional
 from distributed_eg.config import Engine
 from distributed_eg.errors import InputError
 
@@ -44,7 +44,7 @@ class PredictOptions(WorkerOptions):
     """inline (this process, which only reads the run) or ray (worker actors, which must see the files)."""
     batch_size: int = 32
     """Images a batch."""
-    resize: tuple[int, int] | None = None
+    resize: Annotated[tuple[int, int] | None, optional("HEIGHT WIDTH")] = None
     """Height and width that images are resized to, where the run does not know what they go through."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """With --resize: what is subtracted from each channel, of pixels in [0, 1]."""
@@ -56,7 +56,7 @@ class PredictOptions(WorkerOptions):
     """Print comma-separated values on stdout instead of a table; what people read goes to stderr."""
 
 
-def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Say for each image which class of which task it shows; exit code 1 where one cannot be read."""
     from distributed_eg.cli.display import Display
     from distributed_eg.strategy.predictions import Prediction

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from distributed_eg.cli.options import optional
 from distributed_eg.errors import InputError
 from distributed_eg.schedule.simulation import runs
 
@@ -26,15 +27,15 @@ class SimulateOptions:
     """How many, each by a seed of its own."""
     seed: int = 0
     """The first one's seed."""
-    processes: int | None = None
+    processes: Annotated[int | None, optional("N")] = None
     """Processes that share the work; one per CPU where not given."""
-    replay: int | None = None
+    replay: Annotated[int | None, optional("SEED")] = None
     """Tell only this seed's schedule, event by event."""
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 
 
-def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def simulate(options: Annotated[SimulateOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Run random schedules of the order of work under every fault; exit code 1 where one breaks an invariant."""
     processes = (os.cpu_count() or 1) if options.processes is None else options.processes
     if options.schedules < 1 or processes < 1:

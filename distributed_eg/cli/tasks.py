@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Annotated
 
 import tyro
@@ -23,7 +23,7 @@ class TasksOptions:
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 
 
-def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """List the finished tasks of a run, with their sizes, parents and versions."""
     from distributed_eg.cli.display import Display
     from distributed_eg.store import layout
@@ -45,7 +45,9 @@ def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes]) -> None:
             parent=None if manifest.parent is None else first[manifest.parent],
             transfer=manifest.transfer,
             versions=len(manifest.versions),
-            finished=datetime.fromtimestamp(storage.modified_s(manifest.path), UTC).isoformat(timespec="seconds"),
+            finished=datetime.fromtimestamp(storage.modified_s(manifest.path), timezone.utc).isoformat(
+                timespec="seconds"
+            ),
             is_retired=task not in registry.active,
         )
         for task, manifest in registry.newest.items()

@@ -26,7 +26,7 @@ class VerifyOptions:
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 
 
-def verify(options: Annotated[VerifyOptions, tyro.conf.OmitArgPrefixes]) -> None:
+def verify(options: Annotated[VerifyOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Check every file of a run directory against what its records say; exit code 1 where one is damaged."""
     from distributed_eg.store import layout, verification
     from distributed_eg.store.storage import Storage

@@ -85,7 +85,10 @@ class Dispatcher:
                 self._take(report, loop)
         if self._source_error is not None:
             for task, failure in sorted(self._failures.items()):
-                logger.error("Task %d failed in %s: %s", task, failure.stage.value, failure.message)
+                stage = failure.stage.value
+                logger.error(
+                    "Task %d failed in %s: %s", task, stage, failure.message, extra={"task": task, "stage": stage}
+                )
             raise self._source_error
         if self._failures:
             raise self._error(machine)
@@ -96,13 +99,13 @@ class Dispatcher:
                 self._join(report)
             if isinstance(report, WorkerLost):
                 for run in [run for run in loop.runs.values() if run.worker == report.worker]:
-                    self._tell(run.task, run.stage, "failed", run.worker)
+                    self._tell(run, "failed")
             loop.tell(report)
         elif report.call in loop.runs:
             run, outcome = loop.runs[report.call], report.outcome
             if isinstance(outcome, Raised):
-                self._tell(run.task, run.stage, "failed", run.worker, outcome.seconds)
-                logger.debug("Task %d, %s: %s", run.task, run.stage.value, outcome.traceback)
+                self._tell(run, "failed", outcome.seconds)
+                logger.debug("Task %d, %s: %s", run.task, run.stage.value, outcome.traceback, extra=_known_of(run))
                 cause, error, details = outcome.cause, outcome.error, outcome.traceback
                 loop.failed(run.attempt, cause, outcome.message, error=error, details=details)
             else:
@@ -130,7 +133,7 @@ class Dispatcher:
     def submit(self, run: RunStage) -> None:
         """Begin a stage."""
         self._workers_of.setdefault(run.task, set()).add(run.worker)
-        self._tell(run.task, run.stage, "started", run.worker)
+        self._tell(run, "started")
         self.engine.submit(run.attempt, run.worker, self._request(run))
 
     def record(self, run: RunStage, result: Done) -> TaskId | None:
@@ -141,7 +144,7 @@ class Dispatcher:
             self._seal(task, left)
         elif isinstance(left, Record):
             self._record(left)
-        self._tell(task, run.stage, "finished", run.worker, result.seconds)
+        self._tell(run, "finished", result.seconds)
         return left.choice.parent if isinstance(left, RelatednessRecord) else None
 
     def commit(self, task: TaskId) -> None:
@@ -173,6 +176,7 @@ class Dispatcher:
                 "it than its own. If it is the same, bring it under that label, which trains that task further.",
                 *(record.task, self._tasks[record.task].record.label, task, self.registry.arrivals[task].label),
                 100 * share,
+                extra={"task": record.task},
             )
 
     def _arrive(self, task_input: TaskInput) -> TaskArrived:
@@ -187,7 +191,9 @@ class Dispatcher:
             self._record(record)
         self._tasks[task] = task_input
         for stage in sorted(done, key=list(Stage).index):
-            self._tell(task, stage, "kept", "")
+            extra = {"task": task, "label": record.label, "stage": stage.value, "state": "kept"}
+            logger.debug("Task %d: %s kept", task, stage.value, extra=extra)
+            self._observe(task, stage, "kept")
         if Stage.EXPERT in done:  # its driver may have ended before it did this
             self._delete_checkpoints(task)
             if task not in self.registry.timings:  # damaged, and not to be had again
@@ -270,13 +276,25 @@ class Dispatcher:
         try:
             delete_checkpoints(self.storage, task)
         except StorageError as error:
-            logger.warning("The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s", task, error)
+            logger.warning(
+                "The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s",
+                task,
+                error,
+                extra={"task": task},
+            )
 
-    def _tell(self, task: TaskId, stage: Stage, state: State, worker: str, seconds: float = 0.0) -> None:
-        label = self._tasks[task].record.label
-        logger.debug("Task %d (label %d): %s %s %s", task, label, stage.value, state, worker)
+    def _tell(self, run: RunStage, state: State, seconds: float = 0.0) -> None:
+        told = {**_known_of(run), "label": self._tasks[run.task].record.label, "state": state}
+        if state != "started":
+            told["seconds"] = seconds
+        logger.debug("Task %d: %s %s %s", run.task, run.stage.value, state, run.worker, extra=told)
+        self._observe(run.task, run.stage, state, run.worker, seconds)
+
+    def _observe(self, task: TaskId, stage: Stage, state: State, worker: str = "", seconds: float = 0.0) -> None:
         if self.observer is not None:
-            self.observer(Progress(task, label, stage, state, worker, seconds))
+            related = self.registry.relatedness.get(task)
+            parent = None if related is None else related.choice.parent
+            self.observer(Progress(task, self._tasks[task].record.label, stage, state, worker, seconds, parent))
 
     def _error(self, machine: Machine) -> ExpertGateError:
         """What to raise for the tasks that failed."""
@@ -297,3 +315,8 @@ class Dispatcher:
         if not isinstance(last, ExpertGateError):
             return TaskFailedError(told)
         return last if len(attempts) == 1 and not machine.stopping else type(last)(told)
+
+
+def _known_of(run: RunStage) -> dict[str, object]:
+    """What a line of the log carries beside its message."""
+    return {"task": run.task, "stage": run.stage.value, "attempt": run.attempt, "worker": run.worker}

@@ -302,6 +302,8 @@ class Progress:
     state: State
     worker: str
     seconds: float = 0.0
+    parent: TaskId | None = None
+    """Once RELATE is there: the task that the expert starts from, None for the root."""
 
 
 Observer: TypeAlias = Callable[[Progress], None]

@@ -1,6 +1,7 @@
 """Names of everything in a run directory, and the schema version of its records.
 
     run.json                              what the run is: configuration, versions, backbone
+    config.yaml                           for people: the options of the command that began the run, if it was one
     root-<hash>.safetensors               the pretrained root network
     sessions/00001.json                   who drives the run, or drove it: the lease
     stream.json                           how far its stream was heard to the end
@@ -26,6 +27,7 @@ from distributed_eg.types import TaskId
 SCHEMA_VERSION = 1
 
 RUN = "run.json"
+CONFIG = "config.yaml"
 STREAM = "stream.json"
 STATISTICS = "statistics.json"
 SESSIONS = "sessions"

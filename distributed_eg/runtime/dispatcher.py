@@ -141,7 +141,8 @@ class Dispatcher:
             self._seal(task, left)
         elif isinstance(left, Record):
             self._record(left)
-        self._tell(task, run.stage, "finished", run.worker, result.seconds)
+        num_checkpoints = left.num_checkpoints if isinstance(left, ExpertResult) else 0
+        self._tell(task, run.stage, "finished", run.worker, result.seconds, num_checkpoints)
         return left.choice.parent if isinstance(left, RelatednessRecord) else None
 
     def commit(self, task: TaskId) -> None:
@@ -272,11 +273,15 @@ class Dispatcher:
         except StorageError as error:
             logger.warning("The checkpoint of task %d is left behind; `distributed-eg gc` removes it. %s", task, error)
 
-    def _tell(self, task: TaskId, stage: Stage, state: State, worker: str, seconds: float = 0.0) -> None:
+    def _tell(
+        self, task: TaskId, stage: Stage, state: State, worker: str, seconds: float = 0.0, num_checkpoints: int = 0
+    ) -> None:
         label = self._tasks[task].record.label
         logger.debug("Task %d (label %d): %s %s %s", task, label, stage.value, state, worker)
+        progress = Progress(task, label, stage, state, worker, seconds, num_checkpoints)
+        self.engine.observe(progress)
         if self.observer is not None:
-            self.observer(Progress(task, label, stage, state, worker, seconds))
+            self.observer(progress)
 
     def _error(self, machine: Machine) -> ExpertGateError:
         """What to raise for the tasks that failed."""

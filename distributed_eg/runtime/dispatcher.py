@@ -144,7 +144,8 @@ class Dispatcher:
             self._seal(task, left)
         elif isinstance(left, Record):
             self._record(left)
-        self._tell(run, "finished", result.seconds)
+        num_checkpoints = left.num_checkpoints if isinstance(left, ExpertResult) else 0
+        self._tell(run, "finished", result.seconds, num_checkpoints)
         return left.choice.parent if isinstance(left, RelatednessRecord) else None
 
     def commit(self, task: TaskId) -> None:
@@ -283,18 +284,28 @@ class Dispatcher:
                 extra={"task": task},
             )
 
-    def _tell(self, run: RunStage, state: State, seconds: float = 0.0) -> None:
+    def _tell(self, run: RunStage, state: State, seconds: float = 0.0, num_checkpoints: int = 0) -> None:
         told = {**_known_of(run), "label": self._tasks[run.task].record.label, "state": state}
         if state != "started":
             told["seconds"] = seconds
         logger.debug("Task %d: %s %s %s", run.task, run.stage.value, state, run.worker, extra=told)
-        self._observe(run.task, run.stage, state, run.worker, seconds)
+        self._observe(run.task, run.stage, state, run.worker, seconds, num_checkpoints)
 
-    def _observe(self, task: TaskId, stage: Stage, state: State, worker: str = "", seconds: float = 0.0) -> None:
+    def _observe(
+        self,
+        task: TaskId,
+        stage: Stage,
+        state: State,
+        worker: str = "",
+        seconds: float = 0.0,
+        num_checkpoints: int = 0,
+    ) -> None:
+        related, label = self.registry.relatedness.get(task), self._tasks[task].record.label
+        parent = None if related is None else related.choice.parent
+        progress = Progress(task, label, stage, state, worker, seconds, parent, num_checkpoints)
+        self.engine.observe(progress)
         if self.observer is not None:
-            related = self.registry.relatedness.get(task)
-            parent = None if related is None else related.choice.parent
-            self.observer(Progress(task, self._tasks[task].record.label, stage, state, worker, seconds, parent))
+            self.observer(progress)
 
     def _error(self, machine: Machine) -> ExpertGateError:
         """What to raise for the tasks that failed."""

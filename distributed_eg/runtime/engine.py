@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from distributed_eg.runtime.coordinator import CoordinatorApi
-from distributed_eg.runtime.messages import Done, Raised, Request, WorkerSetup
+from distributed_eg.runtime.messages import Done, Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.schedule.events import WorkerJoined, WorkerLeaving, WorkerLost
 
@@ -32,6 +32,9 @@ class Engine(Protocol):
 
     shipper: Shipper
     coordinator: CoordinatorApi
+
+    def observe(self, seen: Progress | Evaluated) -> None:
+        """Told of every stage that starts or ends, and of every evaluation, for whoever watches the cluster."""
 
     def start(self) -> None:
         """Attach to or start what the workers run on, and the coordinator.

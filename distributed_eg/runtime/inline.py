@@ -10,7 +10,7 @@ import torch
 from distributed_eg.errors import WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
 from distributed_eg.runtime.engine import Ended, Report
-from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
+from distributed_eg.runtime.messages import Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.runtime.worker.worker import TaskWorker, told_of
 from distributed_eg.schedule.events import Cause, WorkerJoined
@@ -36,6 +36,9 @@ class InlineEngine:
     def get(self, reference: Any) -> bytes:
         """A leaf's bytes."""
         return bytes(reference)
+
+    def observe(self, seen: Progress | Evaluated) -> None:
+        """Nobody watches one process."""
 
     def start(self) -> None:
         """Nothing to start."""

@@ -126,11 +126,13 @@ class ExpertJob:
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What a trainer gives back: the network, the mean distillation term (None without LwF) and its log."""
+    """What a trainer gives back: the network, the mean distillation term (None without LwF), its log, and how many
+    checkpoints it wrote."""
 
     network: nn.Module
     distillation: float | None
     log: Any
+    num_checkpoints: int = 0
 
 
 class ExpertTrainer(Protocol):
@@ -241,6 +243,7 @@ class ExpertResult:
     distillation: float | None
     log: Any
     contest: Contest | None = None
+    num_checkpoints: int = 0
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,8 @@ State: TypeAlias = Literal["started", "finished", "failed", "kept"]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Something that a person who waits wants to know; "kept": an earlier driver left the stage's result."""
+    """Something that a person who waits wants to know; "kept": an earlier driver left the stage's result.
+    ``num_checkpoints`` were written by the attempt that finished."""
 
     task: TaskId
     label: int
@@ -304,6 +308,15 @@ class Progress:
     seconds: float = 0.0
     parent: TaskId | None = None
     """Once RELATE is there: the task that the expert starts from, None for the root."""
+    num_checkpoints: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """An evaluation has routed its samples, and how long the driver waited for that."""
+
+    num_samples: int
+    seconds: float
 
 
 Observer: TypeAlias = Callable[[Progress], None]

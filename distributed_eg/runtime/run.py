@@ -7,6 +7,7 @@ import gc
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from distributed_eg.runtime.identity import Root, known_run, new_record
 from distributed_eg.runtime.inline import InlineEngine
 from distributed_eg.runtime.life import Life
 from distributed_eg.runtime.messages import (
+    Evaluated,
     EvaluateRequest,
     EvaluateResult,
     Observer,
@@ -252,8 +254,12 @@ class Run:
     def evaluate(self, requests: Sequence[EvaluateRequest]) -> list[PartAnswer]:
         """Carry out ``requests`` on the workers; the answers for all of their parts, in order."""
         self._engine.add_workers(self._setup, len(requests))
+        started = time.perf_counter()
         results = run_all(self._engine, requests)
-        return [answer for result in results if isinstance(result, EvaluateResult) for answer in result.parts]
+        answers = [answer for result in results if isinstance(result, EvaluateResult) for answer in result.parts]
+        num_samples = sum(len(answer.targets) for answer in answers)
+        self._engine.observe(Evaluated(num_samples, time.perf_counter() - started))
+        return answers
 
     def close(self) -> None:
         """End workers, coordinator and, where we started it, Ray; give the lease back. The run directory stays."""

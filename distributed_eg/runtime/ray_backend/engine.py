@@ -31,6 +31,7 @@ from distributed_eg.runtime.ray_backend.actors import (
 )
 from distributed_eg.runtime.ray_backend.cluster import Node, nodes, refuse_infeasible
 from distributed_eg.runtime.ray_backend.errors import classify
+from distributed_eg.runtime.ray_backend.metrics import Metrics
 from distributed_eg.runtime.ray_backend.session import SESSION
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.schedule.events import Cause, WorkerJoined, WorkerLeaving, WorkerLost
@@ -85,6 +86,7 @@ class RayEngine:
         self._cpus = config.cpus_per_worker
         self._gpus = 0.0
         self.shipper = Shipper(self)
+        self.observe = Metrics(run_id).observe
         self.coordinator: CoordinatorApi
         self._at_rest = False
         self._setup: WorkerSetup | None = None
@@ -307,9 +309,7 @@ class RayEngine:
         return WorkerLost(worker.name, message, cause)
 
     def _end_overdue(self) -> list[Report]:
-        limit_s = self._config.stage_timeout_s
-        if limit_s is None:
-            return []
+        limit_s = self._config.stage_timeout_s or float("inf")
         now = time.monotonic()
         late = [w for w in self._pool.values() if any(now - call.since > limit_s for call in w.calls.values())]
         message = f"It took longer than stage_timeout_s={limit_s:g}, and its worker was ended."

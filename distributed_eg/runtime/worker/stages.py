@@ -177,9 +177,10 @@ def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> mes
     right = {result.transfer: _held_out_accuracy(context, request.input, result.expert) for result in (first, second)}
     # At a tie the paper's rule decides.
     best, other = (second, first) if right[second.transfer] > right[first.transfer] else (first, second)
+    written = first.num_checkpoints + second.num_checkpoints
     if other.expert.path != best.expert.path:
         context.storage.delete(other.expert.path)
-    return replace(best, contest=Contest(**right))
+    return replace(best, contest=Contest(**right), num_checkpoints=written)
 
 
 def _held_out_accuracy(context: WorkerContext, task_input: messages.TaskInput, artifact: Artifact) -> float:
@@ -226,7 +227,8 @@ def _train_expert(
     state = trained.network.state_dict()
     artifact = save_tensors(context.storage, task_weights(arrived.task, "expert"), state)
     context.reader.keep(ExpertRef(artifact, arrived.classes), state)  # a child may train here next
-    return messages.ExpertResult(artifact, request.choice.transfer, trained.distillation, trained.log)
+    way, written = request.choice.transfer, trained.num_checkpoints
+    return messages.ExpertResult(artifact, way, trained.distillation, trained.log, num_checkpoints=written)
 
 
 def _parent(context: WorkerContext, request: messages.ExpertRequest) -> nn.Module:

@@ -32,6 +32,7 @@ class Checkpointing:
         self._due_s = 0.0
         self.resumed_after = 0
         """Epochs that the checkpoint had from which this stage went on; 0: it began at its beginning."""
+        self.num_written = 0
 
     def begin(self) -> int:
         """Put everything back as the stage's checkpoint has it, where there is one: the number of epochs done.
@@ -65,6 +66,7 @@ class Checkpointing:
         try:
             values, tensors = encode(self._state.take())
             self._slot.save(Checkpoint(self._slot.key, epochs, values, tensors))
+            self.num_written += 1
         except StorageError as error:
             logger.warning("The checkpoint of task %d after epoch %d is left out: %s", self._job.task, epochs, error)
         except Exception as error:  # it may come from a user's state_dict, or from one that is no plain values

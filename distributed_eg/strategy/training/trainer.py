@@ -100,7 +100,8 @@ class StrategyTrainer:
         _require_finite(job, is_trained=rules.num_steps > 0)
         if not rules.num_steps and _is_untouched(job):
             _refuse_unlearnt(job, strategy, self.loader_args)
-        return TrainedExpert(job.network, rules.mean_distillation, recorder.records)
+        written = 0 if strategy._checkpointing is None else strategy._checkpointing.num_written
+        return TrainedExpert(job.network, rules.mean_distillation, recorder.records, written)
 
 
 @dataclass(frozen=True)

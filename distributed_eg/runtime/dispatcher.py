@@ -136,7 +136,9 @@ class Dispatcher:
     def record(self, run: RunStage, result: Done) -> TaskId | None:
         """Seal what a stage left."""
         task, left = run.task, result.result
-        self._timings[task].append(StageTiming(run.stage.value, run.worker, result.seconds, self._devices[run.worker]))
+        device = self._devices[run.worker]
+        timing = StageTiming(run.stage.value, run.worker, result.seconds, device, result.started_s)
+        self._timings[task].append(timing)
         if isinstance(left, ExpertResult):
             self._seal(task, left)
         elif isinstance(left, Record):

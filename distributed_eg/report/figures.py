@@ -50,12 +50,12 @@ def accuracy_figure(series: Mapping[str, Sequence[float | None]], names: Sequenc
 
 
 def relatedness_figure(order: list[TaskId], relatedness: Mapping[tuple[TaskId, TaskId], float]) -> Figure:
-    """A heat map: a row for each task, a column for each task that was there when it came."""
-    rows = [[relatedness.get((task, candidate)) for candidate in order] for task in order]
+    """A heat map of pairs of tasks: how related the later one is to the earlier."""
+    rows = [[relatedness.get((a, b), relatedness.get((b, a))) for a in order] for b in order]
     shown = [[None if value is None else round(value, 3) for value in row] for row in rows]
-    hover = "task %{y} to earlier task %{x}: %{z:.3f}"
+    hover = "tasks %{y} and %{x}: %{z:.3f}"
     least = max(-1.0, min(relatedness.values()))
-    return _heat_map(order, shown, hover, "relatedness", least, titles=("earlier task", "task"), digits=".2f")
+    return _heat_map(order, shown, hover, "relatedness", least, titles=("task", "task"), digits=".2f")
 
 
 def confusion_figure(order: list[TaskId], evaluation: EvaluationRecord) -> Figure:
@@ -66,12 +66,12 @@ def confusion_figure(order: list[TaskId], evaluation: EvaluationRecord) -> Figur
     places = [*(task for task in order if task in known), *outside]
     rows = [[counts[right, chosen] for chosen in places] for right in places]
     shares = [[round(count / (sum(row) or 1), 3) for count in row] for row in rows]
-    hover = "of task %{y} to the expert of task %{x}: %{customdata} images (%{z:.1%})"
+    hover = "of task %{y} to the expert of task %{x}: %{text} images (%{z:.1%})"
     titles = ("task whose expert answered", "right task")
     figure = _heat_map(places, shares, hover, "share of the task's images", 0.0, titles=titles)
-    figure.data[0]["customdata"] = rows
+    figure.data[0]["text"] = rows
     if len(places) <= _MOST_NUMBERS:
-        figure.data[0]["texttemplate"] = "%{customdata}"
+        figure.data[0]["texttemplate"] = "%{text}"
     return figure
 
 
@@ -83,7 +83,7 @@ def reliability_figure(calibration: Calibration) -> Figure:
         {"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "name": "as sure as right", "hoverinfo": "skip"},
         {
             "type": "scatter",
-            "mode": "lines+markers",
+            "mode": "markers",
             "name": "held-out images",
             "x": _rounded([confidence for _, _, confidence in bins]),
             "y": _rounded([right for _, right, _ in bins]),

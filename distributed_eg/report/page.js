@@ -7,7 +7,7 @@ const config = {
   responsive: true,
   displaylogo: false,
   displayModeBar: coarse ? true : "hover",
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]], // none that uploads
 };
 let found = new Set();
 let printing = false;
@@ -39,11 +39,12 @@ function themed(id, place) {
     plot_bgcolor: color("back"),
     font: { color: color("ink"), family: "system-ui, sans-serif", size: narrow ? 11 : 12 },
     colorway: ["first", "second", "third", "fourth"].map(color),
-    margin: { l: 44, r: 12, t: 34, b: 44 },
+    margin: { l: 44, r: 12, t: narrow ? 64 : 34, b: 44 }, // room for buttons above the legend,
     dragmode: coarse ? false : "zoom",
     hoverlabel: { bgcolor: color("sheet"), bordercolor: color("line"), font: { color: color("ink") } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: color("faint"), activecolor: color("first"), orientation: "h" },
   };
+  place.style.minHeight = `${layout.height}px`;
   if (printing) layout.width = 660;
   for (const name of ["xaxis", "yaxis"]) layout[name] = { ...axis, ...layout[name] };
   if (layout.coloraxis) layout.coloraxis.colorscale = [[0, color("low")], [1, color("high")]];

@@ -16,7 +16,7 @@ from distributed_eg.report.markup import Cell
 from distributed_eg.report.order import clustered
 from distributed_eg.report.timeline import timeline
 from distributed_eg.store.evaluations import EvaluatedExperience, EvaluationRecord
-from distributed_eg.types import TaskId
+from distributed_eg.types import NEAR_TIE, NOBODY, TaskId
 
 NO_EVALUATION = "No evaluation of this run is recorded: distributed-eg eval, or strategy.eval, records one."
 
@@ -50,22 +50,28 @@ def page_of(runs: Sequence[RunFacts], library: str) -> str:
         drawn[f"figure-{len(drawn)}"] = figure
         return f'<div class="plot" id="figure-{len(drawn) - 1}" style="min-height: {figure.height}px"></div>'
 
-    title = f"Run {runs[0].record.run_id}" if len(runs) == 1 else f"{len(runs)} runs side by side"
-    sections = [_side_by_side(runs, draw)] if len(runs) > 1 else []
-    sections += [_run(run, draw) for run in runs]
+    names = _names_of(runs)
+    title = f"Expert Gate: {', '.join(names)}"
+    sections = [_side_by_side(names, runs, draw)] if len(runs) > 1 else []
+    sections += [_run(name, run, draw) for name, run in zip(names, runs, strict=True)]
     room = files("distributed_eg.report")
     style, script = ((room / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     # Inside a script element only "<" could end it.
     data = json.dumps({name: asdict(figure) for name, figure in drawn.items()}, separators=(",", ":"))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{_POLICY}<link rel="icon" href="data:,">'
         f"<title>{markup.text(title)} – distributed-eg</title><style>{style}</style></head><body>"
         f"<header><h1>{markup.text(title)}</h1></header>{_SEARCH}<main>{''.join(sections)}</main>"
         f'<script type="application/json" id="figures">{data.replace("<", chr(92) + "u003c")}</script>'
         f"<script>{library}</script><script>{script}</script></body></html>\n"
     )
 
+
+_POLICY = (  # nothing is fetched, nor sent anywhere
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data: blob:\">"
+)
 
 _SEARCH = (
     '<div class="search"><div><input id="search" type="search" placeholder="Find tasks: number, label or class" '
@@ -75,9 +81,8 @@ _SEARCH = (
 Draw = Callable[[Figure], str]
 
 
-def _side_by_side(runs: Sequence[RunFacts], draw: Draw) -> str:
+def _side_by_side(names: Sequence[str], runs: Sequence[RunFacts], draw: Draw) -> str:
     """Headline figures and accuracies of several runs."""
-    names = _names_of(runs)
     headline = [_headline(run) for run in runs]
     columns = list(dict.fromkeys(name for values in headline for name in values))
     lines = [[name, *(values.get(c) for c in columns)] for name, values in zip(names, headline, strict=True)]
@@ -100,11 +105,11 @@ def _side_by_side(runs: Sequence[RunFacts], draw: Draw) -> str:
     return "".join([*parts, markup.details("All accuracies", inside)])
 
 
-def _run(run: RunFacts, draw: Draw) -> str:
+def _run(name: str, run: RunFacts, draw: Draw) -> str:
     """Everything about one run."""
     order = clustered([task.task for task in run.tasks], run.relatedness)
-    parts = [f"<h2>Run {markup.text(run.record.run_id)}</h2>"]
-    parts.append(f'<p class="faint"><code>{markup.text(run.shown)}</code></p>')
+    parts = [f"<h2>{markup.text(name)}</h2>"]
+    parts.append(f'<p class="faint">Run {markup.text(run.record.run_id)}, <code>{markup.text(run.shown)}</code></p>')
     parts += [markup.tiles(_headline(run)), *_measured(run, order, draw)]
     parts.append("<h3>How sure the gate may be</h3>")
     calibration = run.calibration
@@ -118,13 +123,16 @@ def _run(run: RunFacts, draw: Draw) -> str:
         parts.append(draw(figures.reliability_figure(calibration)))
     parts.append("<h3>Who came from whom</h3>")
     ties = sum(bool(task.ties) for task in run.tasks)
+    tied = f"; ≈ marks the {ties} that another task was as related to, but for {NEAR_TIE}" if ties else ""
     parts.append(
         '<p class="faint">Each expert starts from the most related earlier one: without forgetting (LwF), or '
-        f"fine-tuned. The number is the relatedness; ≈ marks the {ties} that another task was as related to, but for "
-        f"0.001.</p>{markup.tree(run.tasks)}"
+        f"fine-tuned. The number is the relatedness{tied}.</p>{markup.tree(run.tasks)}"
     )
     if run.relatedness:
-        parts.append('<h3>Relatedness</h3><p class="faint">Related tasks stand together. Drag to zoom.</p>')
+        parts.append(
+            '<h3>Relatedness</h3><p class="faint">Of two tasks, how related the later one was to the earlier; related '
+            "tasks stand together.</p>"
+        )
         parts.append(draw(figures.relatedness_figure(order, run.relatedness)))
     return "".join([*parts, _work(run, draw), _about(run)])
 
@@ -145,7 +153,7 @@ def _measured(run: RunFacts, order: list[TaskId], draw: Draw) -> list[str]:
         accuracies = (values[i] for values in series.values())
         rows.append([names[i], ", ".join(map(str, e.labels)), classes, e.stream, e.num_samples, *accuracies])
         rows[-1].append(e.unknown_share)
-    places = [-1 if task is None else task.task for task in of]
+    places = [NOBODY if task is None else task.task for task in of]
     since = [task.task for task in run.tasks if task.task not in evaluation.tasks and not task.is_retired]
     lag = f" Trained since: tasks {', '.join(map(str, since))}." if since else ""
     parts = [
@@ -181,9 +189,8 @@ def _work(run: RunFacts, draw: Draw) -> str:
     for worker in workers:
         own = [stage for stage in run.stages if stage.worker == worker]
         idle = times.idle.get(worker)
-        busy_s = round(sum(stage.seconds for stage in own), 1)
-        rows.append([worker, len(own), f"{busy_s:.1f}", None if idle is None else f"{idle:.0%}"])
-    return "".join([*parts, markup.table(["worker", "stages", "busy, s", "idle"], rows)])
+        rows.append([worker, len(own), sum(stage.seconds for stage in own), idle])
+    return "".join([*parts, markup.table(["worker", "stages", "busy, s", "share idle"], rows)])
 
 
 def _about(run: RunFacts) -> str:

@@ -39,7 +39,7 @@ function themed(id, place) {
     plot_bgcolor: color("back"),
     font: { color: color("ink"), family: "system-ui, sans-serif", size: narrow ? 11 : 12 },
     colorway: ["first", "second", "third", "fourth"].map(color),
-    margin: { l: 44, r: 12, t: narrow ? 64 : 34, b: 44 }, // room for buttons above the legend,
+    margin: { l: 44, r: 12, t: narrow && figure.layout.legend ? 64 : 34, b: 44 }, // room for buttons above it,
     dragmode: coarse ? false : "zoom",
     hoverlabel: { bgcolor: color("sheet"), bordercolor: color("line"), font: { color: color("ink") } },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: color("faint"), activecolor: color("first"), orientation: "h" },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from distributed_eg.store.lease import Lease
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import collect, verify
 from tests.helpers import SETTINGS, tiny_benchmark, tiny_strategy
+from tests.store.old_runs import make
 
 
 def kept(strategy: ExpertGateStrategy) -> list[EvaluationRecord]:
@@ -139,6 +141,16 @@ def test_gc_leaves_evaluations_and_verify_finds_a_flipped_byte(tmp_path: Path) -
     with tiny_strategy(ClusterConfig(engine="inline", storage=storage.uri, resume="append"), **SETTINGS) as strategy:
         strategy.eval(tiny_benchmark((0, 1, 0)).test_stream)
     assert (tmp_path / "run/evaluations/00001.json").is_file()
+
+
+def test_a_run_of_an_earlier_version_keeps_evaluations_and_knows_no_strangers(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(Path(make.__file__).parent / "finished", tmp_path / "run"))
+    with make.strategy_in(run) as strategy:
+        strategy.eval(make.benchmark("finished").train_stream)
+        (record,) = kept(strategy)
+    assert [experience.stream for experience in record.experiences] == ["train"] * len(record.experiences)
+    assert {experience.unknown_share for experience in record.experiences} == {None}
+    assert verify(Storage(str(run))).damages == ()
 
 
 def test_stages_say_when_they_began(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ classes under one covariance."""
 Unknown: TypeAlias = Literal["expert", "root", "abstain"]
 """Who answers for an image that is strange to every task: the nearest expert, the pretrained root, or nobody."""
 
+NEAR_TIE = 0.001
+"""Candidates whose relatedness differs by less are as good as each other: other seeds or images could choose either."""
+
 NOBODY: TaskId = -1
 """Stands for a task where no expert answers, or none is right."""
 

@@ -126,8 +126,8 @@ def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, 
 
 
 def content(storage: Path) -> dict[str, bytes]:
-    """What a run directory holds, but for the exports, for times, for who wrote when and by which command."""
-    passing = ("sessions/", "tables/", "config.yaml")
+    """What a run directory holds, but for the exports, for times, for who wrote when, by which command, and measured."""
+    passing = ("sessions/", "tables/", "evaluations/", "config.yaml")
     files = {str(file.relative_to(storage)): file for file in sorted(storage.rglob("*")) if file.is_file()}
     kept = {path: file for path, file in files.items() if not path.startswith(passing)}
     return {path: file.read_bytes() for path, file in kept.items() if not path.endswith(("timings.json", "run.json"))}

@@ -69,6 +69,7 @@ def _command(arguments: list[str] | None) -> None:
     from distributed_eg.cli.gc import gc
     from distributed_eg.cli.log_json import logs_json
     from distributed_eg.cli.predict import predict
+    from distributed_eg.cli.report import report
     from distributed_eg.cli.run import RunOptions, run
     from distributed_eg.cli.simulate import simulate
     from distributed_eg.cli.tasks import tasks
@@ -85,6 +86,7 @@ def _command(arguments: list[str] | None) -> None:
         "eval": evaluate,
         "predict": predict,
         "tasks": tasks,
+        "report": report,
         "verify": verify,
         "gc": gc,
         "simulate": simulate,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distributed_eg.masking import masked
+from distributed_eg.types import NEAR_TIE
 
 if TYPE_CHECKING:
     from distributed_eg.benchmarks.benchmark import Benchmark
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
-_NEAR_TIE = 0.001
 _FROM_REGISTRY = ("task", "label", "parent", "transfer", "autoencoder_sha256", "expert_sha256", "train_s", "worker")
 
 
@@ -84,7 +84,7 @@ def outcome_of(
     ties = {
         row["task"]: row["candidate"]
         for row in relatedness
-        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < _NEAR_TIE
+        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < NEAR_TIE
     }
     by_label = {row["label"]: row for row in strategy.registry.to_pylist()}
     tasks = []

@@ -139,7 +139,9 @@ class Dispatcher:
     def record(self, run: RunStage, result: Done) -> TaskId | None:
         """Seal what a stage left."""
         task, left = run.task, result.result
-        self._timings[task].append(StageTiming(run.stage.value, run.worker, result.seconds, self._devices[run.worker]))
+        device = self._devices[run.worker]
+        timing = StageTiming(run.stage.value, run.worker, result.seconds, device, result.started_s)
+        self._timings[task].append(timing)
         if isinstance(left, ExpertResult):
             self._seal(task, left)
         elif isinstance(left, Record):
@@ -292,13 +294,7 @@ class Dispatcher:
         self._observe(run.task, run.stage, state, run.worker, seconds, num_checkpoints)
 
     def _observe(
-        self,
-        task: TaskId,
-        stage: Stage,
-        state: State,
-        worker: str = "",
-        seconds: float = 0.0,
-        num_checkpoints: int = 0,
+        self, task: TaskId, stage: Stage, state: State, worker: str = "", seconds: float = 0.0, num_checkpoints: int = 0
     ) -> None:
         related, label = self.registry.relatedness.get(task), self._tasks[task].record.label
         parent = None if related is None else related.choice.parent

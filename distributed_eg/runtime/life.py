@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from distributed_eg.errors import InputError
+from distributed_eg.errors import InputError, RunInUseError
 from distributed_eg.store import records
+from distributed_eg.store.evaluations import EvaluationRecord, seal_next
 from distributed_eg.store.lease import superseded
 from distributed_eg.store.records import RetirementRecord, Span, StreamRecord, TaskRecord
 from distributed_eg.store.registry import Registry
@@ -61,6 +62,13 @@ class Life:
         if known.is_swept:
             raise InputError(f"Task {task} cannot be restored: `distributed-eg gc` has removed its weights.")
         self._seal(replace(known, spans=(*known.spans[:-1], replace(known.spans[-1], until=self._next_task))))
+
+    def keep(self, evaluation: EvaluationRecord) -> None:
+        """Write down what an evaluation measured, as the run's next one; ``RunInUseError`` once a later driver has
+        taken the run over."""
+        if superseded(self.storage, self.generation):
+            raise RunInUseError(f"Another driver has taken over the run in {self.storage.shown!r}.")
+        seal_next(self.storage, evaluation)
 
     @property
     def _next_task(self) -> TaskId:

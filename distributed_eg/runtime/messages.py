@@ -279,6 +279,8 @@ class Done:
 
     result: Result
     seconds: float
+    started_s: float
+    """When it began by this node's clock, in seconds since 1970."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
     tasks/00003/retirement.json           when the gate did without the task; not there for one that was never retired
     tasks/00003/checkpoint.json           names checkpoint-<hash>.safetensors while the expert trains; gone afterwards
     tasks/00003/rival.json                the same of the second expert of a contest, with rival-<hash>.safetensors
+    evaluations/00000.json                what an evaluation measured: one for each, in order; none replaces another
     tables/registry.parquet, tables/relatedness.parquet   exports for people, rebuilt from the records
 
 Weights are named by their own hash: a second attempt at the same stage writes the same file.
@@ -32,6 +33,7 @@ STREAM = "stream.json"
 STATISTICS = "statistics.json"
 SESSIONS = "sessions"
 TASKS = "tasks"
+EVALUATIONS = "evaluations"
 REGISTRY_TABLE = "tables/registry.parquet"
 RELATEDNESS_TABLE = "tables/relatedness.parquet"
 
@@ -55,3 +57,8 @@ def task_weights(task: TaskId, name: str) -> str:
 def session_file(generation: int) -> str:
     """Path of the record of the run's driver number ``generation``."""
     return f"{SESSIONS}/{generation:05d}.json"
+
+
+def evaluation_file(number: int) -> str:
+    """Path of the record of the run's evaluation ``number``, counted from 0."""
+    return f"{EVALUATIONS}/{number:05d}.json"

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from distributed_eg.errors import DamagedFileError, StorageError
-from distributed_eg.store.layout import RUN, SCHEMA_VERSION, SESSIONS, STREAM
+from distributed_eg.store.layout import EVALUATIONS, RUN, SCHEMA_VERSION, SESSIONS, STREAM
 
 REPAIR = (
     "To repair it, resume the training with the same storage (`ClusterConfig(resume=True)`, or the same "
@@ -66,6 +66,11 @@ def repair_of(path: str) -> str:
         return "Nothing else holds what the run is: restore the file from a copy of it."
     if path.startswith(f"{SESSIONS}/"):
         return "It says who drove the run last, and nothing rests on it: the next driver writes its own."
+    if path.startswith(f"{EVALUATIONS}/"):
+        return (
+            "It says what an evaluation measured, and nothing rests on it: remove it, and measure again "
+            "(`distributed-eg eval`, or `strategy.eval`)."
+        )
     if path.endswith("/timings.json"):
         return (
             "It says who did the task's stages and for how long, which cannot be had again, and nothing rests on it: a "

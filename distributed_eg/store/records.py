@@ -201,6 +201,8 @@ class StageTiming:
     seconds: float
     device: str = ""
     """The kind of processor that it computed on; empty in runs of earlier versions."""
+    started_s: float | None = field(default=None, metadata=LATER)
+    """When it began by the clock of its worker's node, in seconds since 1970; None in runs of earlier versions."""
 
 
 @dataclass(frozen=True, slots=True)

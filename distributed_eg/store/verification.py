@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from distributed_eg.errors import DamagedFileError, RunInUseError, StorageError
-from distributed_eg.store import layout, records
+from distributed_eg.store import evaluations, layout, records
 from distributed_eg.store.checkpoints import CHECKPOINTS
 from distributed_eg.store.lease import Lease, LeaseRecord, holder_of, last_session
 from distributed_eg.store.local_files import TEMPORARY
@@ -82,6 +82,9 @@ def verify(storage: Storage) -> Verification:
                 harmed.add(artifact.path)
                 sizes.pop(artifact.path, None)
     whole_records = not any(damage.path.endswith(".json") for damage in damages)
+    measured = evaluations.read_all(storage)  # no other record rests on them, nor a table
+    damages += [Damage(path, str(error)) for path, error in measured.errors.items()]
+    sizes |= {path: artifact.size_bytes for path, artifact in measured.artifacts.items()}
     generation, session = last_session(storage)
     path = layout.session_file(generation)
     if isinstance(session, StorageError):

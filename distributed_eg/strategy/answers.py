@@ -25,19 +25,22 @@ _MOST_SAMPLES = 1024
 """That one request asks for."""
 
 
-def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:
-    """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it.
+def labels_of_samples(experience: CLExperience, dataset: LabelledDataset) -> list[int]:
+    """The task label of each sample of ``dataset``.
 
     The dataset may be read: whatever has to see it unread has been given it.
     """
     labels = task_labels_of(experience)
     if labels is not None and len(labels) > 1:
-        of_sample = [int(label) for label in dataset.targets_task_labels]
-    else:
-        label = label_in_samples(dataset) if labels is None else labels[0]
-        of_sample = [index_of(experience) if label is None else label] * len(dataset)
+        return [int(label) for label in dataset.targets_task_labels]
+    label = label_in_samples(dataset) if labels is None else labels[0]
+    return [index_of(experience) if label is None else label] * len(dataset)
+
+
+def right_tasks(experience: CLExperience, dataset: LabelledDataset, registry: Registry) -> list[int]:
+    """The task that each sample of ``dataset`` belongs to, by its label; −1 where no trained task has it."""
     tasks = {manifest.label: task for task, manifest in registry.active.items()}
-    return [tasks.get(label, -1) for label in of_sample]
+    return [tasks.get(label, -1) for label in labels_of_samples(experience, dataset)]
 
 
 def adapt(

@@ -55,6 +55,18 @@ class RoutedBatch(NamedTuple):
     """How strange the sample is to the tasks: above 1 it is unknown; NaN where that cannot be told."""
 
 
+def quantities(strategy: Template, routed: RoutedBatch) -> dict[Quantity, Tensor]:
+    """Each quantity of every sample of the current evaluation mini-batch, (n,)."""
+    targets, predictions = strategy.mb_y.cpu(), strategy.mb_output.argmax(1).cpu()
+    return {
+        "Gate_Acc": routed.tasks == routed.right_tasks,
+        "Expert_Acc": routed.expert_predictions == targets,
+        "EndToEnd_Acc": (routed.tasks == routed.right_tasks) & (predictions == targets),
+        "Gate_Confidence": routed.confidences,
+        "Gate_Unknown": routed.strangeness > 1,
+    }
+
+
 class RoutingMetric(GenericPluginMetric[float, Mean]):
     """The mean of one quantity over an evaluated experience, or over the stream.
 
@@ -76,15 +88,8 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         routed: RoutedBatch | None = getattr(strategy, "routed", None)
         if routed is None:
             return
-        targets, predictions = strategy.mb_y.cpu(), strategy.mb_output.argmax(1).cpu()
-        values: dict[Quantity, Tensor] = {
-            "Gate_Acc": routed.tasks == routed.right_tasks,
-            "Expert_Acc": routed.expert_predictions == targets,
-            "EndToEnd_Acc": (routed.tasks == routed.right_tasks) & (predictions == targets),
-            "Gate_Confidence": routed.confidences,
-            "Gate_Unknown": routed.strangeness > 1,
-        }
-        self._metric.update(values[self.quantity].double().mean().item(), len(targets))
+        values = quantities(strategy, routed)[self.quantity]
+        self._metric.update(values.double().mean().item(), len(values))
 
     def _package_result(self, strategy: Template) -> MetricResult:
         # Where nothing was routed (an evaluation inside an expert's training) there is nothing to say.

@@ -28,6 +28,7 @@ from distributed_eg.strategy import checks, plugin_table
 from distributed_eg.strategy.answers import Answers, adapt, ask_workers
 from distributed_eg.strategy.avalanche_types import Plugin
 from distributed_eg.strategy.driver import Driver
+from distributed_eg.strategy.evaluation import keeping
 from distributed_eg.strategy.metrics import RoutedBatch, check_comparing, measure_start
 from distributed_eg.strategy.model import ExpertGate
 from distributed_eg.strategy.run_holder import RunHolder
@@ -309,13 +310,11 @@ class ExpertGateStrategy(RunHolder):
             measure_start(self, asked, kwargs)
         with terminable(), run.working():
             self._answers.extend(ask_workers(run, driver.registry, asked, self.eval_mb_size, self.method))
-        self.plugins.insert(0, driver.reporter)
         try:
-            with terminable():
+            with terminable(), keeping(self, driver.reporter, run, driver.registry, asked, self.method.seed):
                 return self._eval(experiences, **kwargs)
         finally:
             self._eval_cleanup()
-            self.plugins.remove(driver.reporter)
             self.routed = None
             self._answers.clear()
 

@@ -20,7 +20,7 @@ WORKER = "ray::TaskWorkerActor"
 COORDINATOR = "ray::Coordinator"
 OURS = (WORKER, COORDINATOR)
 """How the titles of our actors' processes begin."""
-_PASSING = ("sessions/", "tables/")
+_PASSING = ("sessions/", "tables/", "evaluations/")
 
 
 class Census:

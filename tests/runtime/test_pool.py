@@ -19,7 +19,7 @@ Answer = Callable[[int, str], Sequence[Report]]
 
 def done(call: int, worker: str) -> Sequence[Report]:
     """Every request gives its own number."""
-    return [Ended(call, worker, Done(call, 0.0))]  # type: ignore[arg-type]
+    return [Ended(call, worker, Done(call, 0.0, 0.0))]  # type: ignore[arg-type]
 
 
 class Fake:
@@ -59,7 +59,7 @@ def test_reports_that_nobody_waits_for_are_ignored() -> None:
     """Of calls that were dropped, of earlier calls, and such as come twice."""
 
     def answer(call: int, worker: str) -> Sequence[Report]:
-        other = Done("other", 0.0)  # type: ignore[arg-type]
+        other = Done("other", 0.0, 0.0)  # type: ignore[arg-type]
         return [Ended(None, worker, other), Ended(99, worker, other), *done(call, worker), Ended(call, worker, other)]
 
     assert run(Fake(["a"], answer)) == [0, 1, 2, 3, 4]

@@ -52,7 +52,7 @@ class TaskWorker:
 
     def run(self, request: Request) -> Done | Raised:
         """Carry out a request; an exception becomes a value, for not every exception can cross a process border."""
-        started = time.perf_counter()
+        began_s, started = time.time(), time.perf_counter()
         setup = self._context.setup
         try:
             with _undisturbed(self._context.device, _seed(request, setup.method.seed), setup.cluster.threads):
@@ -70,7 +70,7 @@ class TaskWorker:
             return raised
         finally:
             _give_memory_back()
-        return Done(result, time.perf_counter() - started)
+        return Done(result, time.perf_counter() - started, began_s)
 
     def _make_room(self) -> None:
         """Before a stage that found no memory is tried again: let go of what is kept for later, and, on a card that

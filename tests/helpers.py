@@ -126,7 +126,7 @@ def outcome(strategy: ExpertGateStrategy, metrics: dict[str, Any]) -> dict[str, 
 
 
 def content(storage: Path) -> dict[str, bytes]:
-    """What a run directory holds, but for the exports, for times, for who wrote when, by which command, and measured."""
+    """What a run directory holds, but for exports, times, who wrote when, by which command, and what was measured."""
     passing = ("sessions/", "tables/", "evaluations/", "config.yaml")
     files = {str(file.relative_to(storage)): file for file in sorted(storage.rglob("*")) if file.is_file()}
     kept = {path: file for path, file in files.items() if not path.startswith(passing)}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from distributed_eg import given
-from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
+from distributed_eg.benchmarks import make_benchmark
+from distributed_eg.benchmarks.names import parts_of_name
 from distributed_eg.config import ClusterConfig, Engine, Resume
 
 if TYPE_CHECKING:
@@ -21,16 +22,21 @@ class BenchmarkOptions:
     """A task sequence, or a part of one."""
 
     benchmark: str = "embedded"
-    """Task sequence: embedded (real images that come inside installed packages), split-mnist, split-fashion-mnist,
-    split-mnist+fashion or split-cifar10."""
+    """Task sequence: embedded (real images that come inside installed packages), split-mnist, … (`distributed-eg
+    benchmarks` lists all); folder:PATH (image files, a folder a class), hf:PATH; permuted:NAME, rotated:NAME,
+    pairs:NAME; or several, chained as in a+b+c."""
     data: str | None = None
-    """Folder of the torchvision datasets."""
+    """Folder of torchvision's and MedMNIST's datasets."""
     download: bool = False
     """Download a missing dataset into --data."""
     train_per_task: int | None = None
     """Training images a task; all there are, or 240 for embedded."""
     test_per_task: int | None = None
     """Test images a task; all there are, or 120 for embedded."""
+    classes_per_task: int | None = None
+    """Classes a task; 2, or 10 of more than 26, for split-…; otherwise a dataset is one task."""
+    order_seed: int | None = None
+    """Seed of an order in which a dataset's classes come; in their own where not given."""
     tasks: tuple[int, ...] | None = None
     """Only the tasks at these positions, from 0."""
     first_label: int = 0
@@ -42,12 +48,11 @@ class BenchmarkOptions:
         """Refuse what is known to be wrong before anything heavy is loaded.
 
         Raises:
-            InputError: there is no such benchmark, or the folder has no name.
+            InputError: there is no such benchmark, or a folder has no name, or is not there.
         """
         if self.data is not None:
             given.text(self.data, "--data")
-        if self.benchmark not in BENCHMARKS:
-            make_benchmark(self.benchmark)  # says which names there are
+        parts_of_name(given.text(self.benchmark, "--benchmark"))
 
     def make(self, image_size: int | None, seed: int) -> Benchmark:
         """The tasks; ``InputError`` where they cannot be had."""
@@ -61,6 +66,8 @@ class BenchmarkOptions:
             train_per_task=self.train_per_task,
             test_per_task=self.test_per_task,
             seed=seed,
+            classes_per_task=self.classes_per_task,
+            order_seed=self.order_seed,
         )
         return part_of(benchmark, self.tasks, self.first_label, self.first_class)
 

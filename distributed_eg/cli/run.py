@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,7 +87,8 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes]) -> None:
     if options.append and options.storage is None:
         raise InputError("--append needs --storage, the run directory to add to.")
     options.check()
-    storage = options.storage or f"runs/{options.benchmark}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w+.-]+", "-", options.benchmark)
+    storage = options.storage or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     display = Display(to_stderr=options.json)
     try:
         outcome = _train_and_evaluate(options, storage, display)

@@ -234,10 +234,9 @@ def _is_path(weights: str) -> bool:
 def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if arch not in names:
-        close = [name for name in names if name[:4] == arch[:4]] or names[:5]
         raise BackboneError(
-            f"The backbone {arch!r} is unknown: it is neither {EFFICIENTNET_LITE0!r} nor a torchvision classification "
-            f"model (such as {', '.join(close[:5])})."
+            f"The backbone {arch!r} is unknown{given.nearest(arch, [EFFICIENTNET_LITE0, *names])}; it is neither "
+            f"{EFFICIENTNET_LITE0!r} nor a torchvision classification model: `distributed-eg backbones` lists all."
         )
     known_weights = torchvision.models.get_model_weights(arch)
     members = known_weights.__members__

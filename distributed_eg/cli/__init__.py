@@ -43,6 +43,7 @@ def _command(arguments: list[str] | None) -> None:
 
     from distributed_eg.cli.eval import evaluate
     from distributed_eg.cli.gc import gc
+    from distributed_eg.cli.listings import backbones, benchmarks
     from distributed_eg.cli.predict import predict
     from distributed_eg.cli.run import run
     from distributed_eg.cli.simulate import simulate
@@ -63,6 +64,8 @@ def _command(arguments: list[str] | None) -> None:
                 "verify": verify,
                 "gc": gc,
                 "simulate": simulate,
+                "benchmarks": benchmarks,
+                "backbones": backbones,
             },
             prog="distributed-eg",
             description="Expert Gate lifelong learning on Ray clusters.",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import zlib
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -40,7 +42,7 @@ def medmnist_set(flag: str, data: str | None, *, download: bool) -> ImageSet:
         except InputError:
             raise
         # MedMNIST's own are RuntimeErrors; the others come of a file that is no such archive, or cut off.
-        except (RuntimeError, OSError, ValueError, EOFError, KeyError, IndexError) as error:
+        except (RuntimeError, OSError, ValueError, EOFError, LookupError, BadZipFile, zlib.error) as error:
             where = f"{data} does not have {flag}.npz, or not whole ({told(error)})"
     raise InputError(
         f"medmnist:{flag} needs MedMNIST's {flag}.npz, and {where}: pass --data DIR, and --download to fetch it into "

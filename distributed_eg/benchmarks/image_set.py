@@ -29,8 +29,15 @@ class ImagePart:
 
     @staticmethod
     def all_of(leaf: Dataset[Any], classes: npt.ArrayLike) -> ImagePart:
-        """Every image of a leaf, of these classes."""
+        """Every image of a leaf, of these classes.
+
+        Raises:
+            InputError: there are more or fewer.
+        """
         found = np.asarray(classes, dtype=np.int64)
+        if len(found) != len(leaf):  # type: ignore[arg-type]
+            kind, num_images = type(leaf).__name__, len(leaf)  # type: ignore[arg-type]
+            raise InputError(f"{kind} holds {num_images} images and the classes of {len(found)}: it is damaged.")
         return ImagePart(leaf, np.arange(len(found)), found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def _open(known: TorchvisionSet, name: str, data: str | None, arguments: Mapping
         except ImportError as error:
             raise InputError(f"{name} needs the package {error.name!r}: pip install it.") from error
         # Torchvision's own are RuntimeErrors; the others come of files that are cut off or not what they should be.
-        except (RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, EOFError, LookupError, AssertionError, UnpicklingError) as error:
             if download:
                 raise InputError(f"{name} could not download {known.source} into --data {data}: {error}") from error
             where = f"{data} does not have it, or not whole ({told(error)})"

@@ -23,6 +23,11 @@ CHANGES: Mapping[ChangeKind, tuple[int, str]] = {
 """Prefixes: how often each is done where no number is given (as in rotated-36:NAME), and what it makes."""
 _CHANGED = re.compile(rf"({'|'.join(CHANGES)})(?:-(\d+))?:(.*)", re.DOTALL)
 _BY_PATH = ("folder", "hf")
+_CHANGE = rf"(?:{'|'.join(CHANGES)})(?:-\d+)?:"
+_PATH = re.compile(rf"(?:{_CHANGE})?(?:{'|'.join(_BY_PATH)}):")
+"""How a part that names a path begins."""
+_PREFIX = re.compile(rf"{_CHANGE}|(?:medmnist|{'|'.join(_BY_PATH)}):")
+"""How a part begins that is no name alone."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +61,12 @@ def parts_of_name(name: str) -> tuple[Part, ...]:
     for piece in name.split("+"):
         before = pieces[-1] if pieces else ""
         # A plus may also stand in a path or in a name of its own.
-        in_path = _prefix(before) in _BY_PATH and _prefix(piece) is None and piece not in BENCHMARKS
+        in_path = _PATH.match(before) is not None and piece not in BENCHMARKS and not _PREFIX.match(piece)
         if before and (in_path or f"{before.rpartition(':')[2]}+{piece}" in IN_TURNS):
             pieces[-1] = f"{before}+{piece}"
         else:
             pieces.append(piece)
     return tuple(_part(piece, name) for piece in pieces)
-
-
-def _prefix(piece: str) -> str | None:
-    """What stands before the first colon after the changes; None where there is none."""
-    changed = _CHANGED.fullmatch(piece)
-    head, colon, _ = (piece if changed is None else changed[3]).partition(":")
-    return head if colon else None
 
 
 def _part(piece: str, whole: str) -> Part:

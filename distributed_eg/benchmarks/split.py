@@ -33,20 +33,28 @@ class TaskView:
     ids: tuple[int, ...]
     """Class id in the sequence of each."""
     change: Changed | None
+    is_pair: bool
+    """Whether other tasks have its classes, too."""
+
+    @property
+    def which(self) -> str:
+        """Its classes, by their numbers."""
+        first, last = self.classes[0], self.classes[-1]
+        return f"{first}-{last}" if self.classes == tuple(range(first, last + 1)) else ",".join(map(str, self.classes))
 
     @property
     def name(self) -> str:
         """The dataset and its classes, where they are not all of them."""
-        first, last = self.classes[0], self.classes[-1]
-        which = f"{first}-{last}" if self.classes == tuple(range(first, last + 1)) else ",".join(map(str, self.classes))
         is_whole = len(self.classes) == len(self.images.class_names)
-        return self.images.name + ("" if is_whole else f" {which}") + ("" if self.change is None else f" {self.change}")
+        changed = "" if self.change is None else f" {self.change}"
+        return self.images.name + ("" if is_whole else f" {self.which}") + changed
 
     @property
     def class_names(self) -> dict[int, str]:
-        """By class id."""
-        how = "" if self.change is None else f" ({self.change})"
-        return {i: self.images.class_names[c] + how for i, c in zip(self.ids, self.classes, strict=True)}
+        """By class id; no two tasks of a dataset share one, for saved images lie in folders called by them."""
+        notes = [self.which] * self.is_pair + [str(self.change)] * (self.change is not None)
+        told = f" ({', '.join(notes)})" if notes else ""
+        return {i: self.images.class_names[c] + told for i, c in zip(self.ids, self.classes, strict=True)}
 
 
 def split(
@@ -116,7 +124,7 @@ def _views(
             for group in groups:
                 # Each pair has ids of its own, for no two tasks share one.
                 ids = range(first, first + 2) if is_pairs else [first + c for c in group]
-                by_set[-1].append(TaskView(images, group, tuple(ids), changed))
+                by_set[-1].append(TaskView(images, group, tuple(ids), changed, is_pairs))
                 first += 2 if is_pairs else 0
             first += 0 if is_pairs else num_classes
     return by_set

@@ -150,7 +150,8 @@ def test_a_thousand_tasks_are_made_one_by_one() -> None:
         assert len(experience.dataset) == 4
     assert benchmark.task_names[44] == "CIFAR10 8-9"
     assert benchmark.task_names[1079] == "CIFAR10 8-9 rotated 345°"
-    assert benchmark.class_names[2159] == "colour 9 (rotated 345°)"
+    assert benchmark.class_names[2159] == "colour 9 (8-9, rotated 345°)"
+    assert len({*benchmark.class_names.values()}) == 2160
 
 
 def test_tasks_of_a_long_sequence_train_and_route() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import TypeVar
 
@@ -67,6 +68,12 @@ def word(value: object, name: str, choices: tuple[Word, ...]) -> Word:
             return choice
     *others, last = map(repr, choices)
     raise InputError(f"{name} is {shown(value)}; it must be {', '.join(others)} or {last}.")
+
+
+def nearest(value: str, names: Sequence[str]) -> str:
+    """The end of an error about an unknown name: those that it may be meant for; empty where none is near."""
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.7)
+    return f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
 
 
 def text(value: object, name: str, what: str = "a str") -> str:

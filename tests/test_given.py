@@ -191,3 +191,10 @@ def test_whatever_is_given_is_plain_or_refused_by_name(place: tuple[Any, str], v
 @for_all(st.integers())
 def test_integers_pass_unchanged(value: int) -> None:
     assert given.whole(value, "n") == value
+
+
+def test_the_nearest_names_are_told_where_there_are_any() -> None:
+    names = ["resnet18", "resnet34", "alexnet"]
+    assert given.nearest("alexnett", names) == "; the nearest is alexnet"
+    assert given.nearest("resnet", names) == "; the nearest are resnet34, resnet18"
+    assert given.nearest("vgg", names) == ""

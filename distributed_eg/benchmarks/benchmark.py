@@ -1,4 +1,4 @@
-"""What every benchmark is made of: the value that is handed out, its normalisation, and its sizes."""
+"""What every benchmark is made of: the value that is handed out, its images' transform, its sizes; and parts of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from operator import add
 from typing import Any, TypeAlias
 
 from avalanche.benchmarks import CLExperience, CLScenario, CLStream, benchmark_from_datasets, task_incremental_benchmark
-from avalanche.benchmarks.scenarios import DatasetExperience, EagerCLStream, with_task_labels
+from avalanche.benchmarks.scenarios import DatasetExperience, EagerCLStream
 from avalanche.benchmarks.utils import ConstantSequence, DataAttribute, TaskLabels
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
 from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
 
 from distributed_eg import given
 from distributed_eg.errors import InputError
@@ -66,31 +68,101 @@ def part_of(benchmark: Benchmark, tasks: Sequence[int] | None, first_label: int,
     if (chosen, first_label, first_class) == (list(all_tasks), 0, 0):
         return benchmark
     labels = [benchmark.labels[task] + first_label for task in chosen]
-    streams, classes = [], set()
+    classes = set(benchmark.class_names)
+    if len(chosen) < len(all_tasks):
+        test = benchmark.scenario.streams["test"]
+        classes = {int(c) for task in chosen for c in test[task].dataset.targets.uniques}
+    streams: list[CLStream[CLExperience]] = []
     for name, stream in benchmark.scenario.streams.items():
-        experiences = []
-        for task, label in zip(chosen, labels, strict=True):
-            dataset = _moved(stream[task].dataset, label, first_class)
-            classes |= {int(c) for c in dataset.targets.uniques}
-            experiences.append(DatasetExperience(dataset=dataset, current_experience=task))
-        streams.append(EagerCLStream(name, experiences))
+        experiences = zip(chosen, labels, strict=True)
+        makers = [partial(_moved, stream[task], label, first_class) for task, label in experiences]
+        streams.append(lazy_stream(name, makers, labels))
     return replace(
         benchmark,
-        scenario=with_task_labels(CLScenario(streams)),
+        scenario=CLScenario(streams),
         task_names=tuple(benchmark.task_names[task] for task in chosen),
         domains=tuple(benchmark.domains[task] for task in chosen),
-        class_names={c: benchmark.class_names[c - first_class] for c in sorted(classes)},
+        class_names={c + first_class: benchmark.class_names[c] for c in sorted(classes)},
         labels=tuple(labels),
     )
 
 
-def _moved(dataset: Any, label: int, first_class: int) -> ClassificationDataset:
+def chained(name: str, parts: Sequence[Benchmark]) -> Benchmark:
+    """One sequence of all tasks; the labels and class ids of each part follow those of the part before it. All have
+    images of one shape."""
+    moved: list[Benchmark] = []
+    first_label = first_class = 0
+    for part in parts:
+        moved.append(part_of(part, None, first_label, first_class))
+        first_label += len(part.labels)
+        first_class += 1 + max(part.class_names)
+    streams = []
+    for split in ("train", "test"):
+        experiences = [experience for part in moved for experience in part.scenario.streams[split]]
+        makers = [partial(_dataset_of, experience) for experience in experiences]
+        streams.append(lazy_stream(split, makers, range(first_label)))
+    return Benchmark(
+        name=name,
+        scenario=CLScenario(streams),
+        task_names=tuple(task for part in moved for task in part.task_names),
+        domains=tuple(domain for part in moved for domain in part.domains),
+        shape=parts[0].shape,
+        class_names={c: class_name for part in moved for c, class_name in part.class_names.items()},
+        transform=image_transform(parts[0].shape[1]),
+        labels=tuple(range(first_label)),
+    )
+
+
+class LazyExperience(DatasetExperience[ClassificationDataset]):
+    """An experience that makes its dataset whenever it is asked for it, and keeps none: of a long sequence only the
+    tasks that are at work take memory."""
+
+    def __init__(self, make: Callable[[], ClassificationDataset], label: int) -> None:
+        super().__init__(dataset=make)  # type: ignore[arg-type]  # what makes it stands in its place
+        self.task_label = label
+        self.task_labels = [label]
+
+    @property
+    def dataset(self) -> ClassificationDataset:
+        """Made anew."""
+        return self._dataset()  # type: ignore[operator, no-any-return]
+
+
+def lazy_stream(
+    name: str, makers: Sequence[Callable[[], ClassificationDataset]], labels: Sequence[int]
+) -> CLStream[CLExperience]:
+    """The stream whose experience k holds, under the k-th task label, the dataset that `makers[k]` makes: one with
+    targets, and without task labels or with that one."""
+    pairs = zip(makers, labels, strict=True)
+    return EagerCLStream(name, [LazyExperience(partial(_under, make, label), label) for make, label in pairs])
+
+
+def _under(make: Callable[[], ClassificationDataset], label: int) -> ClassificationDataset:
+    dataset = make()
+    if getattr(dataset, "targets_task_labels", None) is not None:
+        return dataset
+    labels = TaskLabels(ConstantSequence(label, len(dataset)))
+    return dataset.update_data_attribute(name="targets_task_labels", new_value=labels)
+
+
+def _dataset_of(experience: CLExperience) -> ClassificationDataset:
+    return experience.dataset  # type: ignore[no-any-return]
+
+
+def _moved(experience: CLExperience, label: int, first_class: int) -> ClassificationDataset:
     """The same samples under another task label, with class ids that start higher."""
+    dataset = experience.dataset
     targets = [int(target) + first_class for target in dataset.targets]
     raised = TransformGroups({split: (None, partial(add, first_class)) for split in ("train", "eval")})
     # Made anew: Avalanche's update_data_attribute leaves the attribute of the old name as it was.
     attributes = [DataAttribute(targets, "targets"), TaskLabels(ConstantSequence(label, len(targets)))]
     return ClassificationDataset([dataset], transform_groups=raised, data_attributes=attributes)
+
+
+def image_transform(size: int) -> transforms.Compose:
+    """Makes any Pillow image a normalised tensor, float32, 3 x `size` x `size`."""
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return transforms.Compose([transforms.Resize((size, size)), v2.RGB(), transforms.ToTensor(), normalize])
 
 
 def task_incremental(train: Sequence[ClassificationDataset], test: Sequence[ClassificationDataset]) -> Scenario:

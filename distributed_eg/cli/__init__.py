@@ -67,6 +67,7 @@ def _command(arguments: list[str] | None) -> None:
     from distributed_eg.cli.config_file import with_config
     from distributed_eg.cli.eval import evaluate
     from distributed_eg.cli.gc import gc
+    from distributed_eg.cli.listings import backbones, benchmarks
     from distributed_eg.cli.log_json import logs_json
     from distributed_eg.cli.predict import predict
     from distributed_eg.cli.report import report
@@ -90,6 +91,8 @@ def _command(arguments: list[str] | None) -> None:
         "verify": verify,
         "gc": gc,
         "simulate": simulate,
+        "benchmarks": benchmarks,
+        "backbones": backbones,
     }
     try:
         if words and not words[0].startswith("-") and words[0] not in commands:

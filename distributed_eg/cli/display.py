@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from distributed_eg.benchmarks.catalog import BenchmarkLine
 from distributed_eg.cli.outcome import RunOutcome, TaskLine, TaskOutcome
 from distributed_eg.cli.watch import Watch
 from distributed_eg.masking import masked
 from distributed_eg.runtime.messages import Progress
 
 if TYPE_CHECKING:
+    from distributed_eg.method.backbone_list import BackboneLine
     from distributed_eg.strategy.predictions import Prediction
 
 
@@ -153,6 +156,29 @@ class Display:
             when = line.finished + (" (retired)" if line.is_retired else "")
             table.add_row(str(line.task), str(line.label), escape(classes), *sizes, when)
         self._console.print(table)
+
+    def benchmarks(self, lines: Sequence[BenchmarkLine]) -> None:
+        """Show the task sequences that have names."""
+        table = Table("benchmark", "tasks", "classes", "images", "licence", "needs", "there")
+        for line in lines:
+            sizes = ("" if size is None else str(size) for size in (line.num_tasks, line.num_classes))
+            table.add_row(line.name, *sizes, line.image, line.licence, line.needs, _yes(line.is_there))
+        self._console.print(table)
+
+    def backbones(self, lines: Sequence[BackboneLine]) -> None:
+        """Show the backbones that have names."""
+        features = ("layer", "features") if any(line.layer for line in lines) else ()
+        table = Table("backbone", "million parameters", *features, "default weights", "there")
+        for line in lines:
+            shape = line.feature_shape or ()
+            told = (line.layer or "", f"{'×'.join(map(str, shape))} = {math.prod(shape):,}") if features else ()
+            row = (line.name, f"{line.num_parameters / 1e6:.1f}", *told, line.weights, _yes(line.has_weights))
+            table.add_row(*map(escape, row))
+        self._console.print(table)
+
+
+def _yes(fact: bool | None) -> str:
+    return "" if fact is None else "yes" if fact else "no"
 
 
 def _class(class_id: int | None, name: str | None) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from distributed_eg import given
-from distributed_eg.benchmarks import BENCHMARKS, make_benchmark
+from distributed_eg.benchmarks import make_benchmark
+from distributed_eg.benchmarks.names import parts_of_name
 from distributed_eg.config import ClusterConfig, Engine, Resume
 from distributed_eg.errors import InputError
 
@@ -32,16 +33,21 @@ class BenchmarkOptions:
     source: Annotated[tyro.conf.Positional[str | None], optional("[FILE.py:FUNCTION]")] = None
     """Your own tasks: a function without arguments that returns an Avalanche benchmark, or this package's."""
     benchmark: str = "embedded"
-    """Task sequence: embedded (real images that come inside installed packages), split-mnist, split-fashion-mnist,
-    split-mnist+fashion or split-cifar10."""
+    """Task sequence: embedded (real images that come inside installed packages), split-mnist, … (`distributed-eg
+    benchmarks` lists all); folder:PATH (image files, a folder a class), hf:PATH; permuted:NAME, rotated:NAME,
+    pairs:NAME; or several, chained as in a+b+c."""
     data: Annotated[str | None, optional("DIR")] = None
-    """Folder of the torchvision datasets."""
+    """Folder of torchvision's and MedMNIST's datasets."""
     download: bool = False
     """Download a missing dataset into --data."""
     train_per_task: Annotated[int | None, optional("N")] = None
     """Training images a task; all there are, or 240 for embedded."""
     test_per_task: Annotated[int | None, optional("N")] = None
     """Test images a task; all there are, or 120 for embedded."""
+    classes_per_task: Annotated[int | None, optional("N")] = None
+    """Classes a task; 2, or 10 of more than 26, for split-…; otherwise a dataset is one task."""
+    order_seed: Annotated[int | None, optional("N")] = None
+    """Seed of an order in which a dataset's classes come; in their own where not given."""
     tasks: Annotated[tuple[int, ...] | None, optional("K...")] = None
     """Only the tasks at these positions, from 0."""
     first_label: int = 0
@@ -58,15 +64,15 @@ class BenchmarkOptions:
         """Refuse what is known to be wrong before anything heavy is loaded.
 
         Raises:
-            InputError: there is no such benchmark, the folder has no name, or an option beside a benchmark of the
-                user's own is not read.
+            InputError: there is no such benchmark, a folder has no name, or is not there, or an option beside a
+                benchmark of the user's own is not read.
         """
         if self.data is not None:
             given.text(self.data, "--data")
-        if self.benchmark not in BENCHMARKS:
-            make_benchmark(self.benchmark)  # says which names there are
+        parts_of_name(given.text(self.benchmark, "--benchmark"))
         if self.source is not None:
-            unread = ("benchmark", "data", "download", "train_per_task", "test_per_task")
+            unread = ["benchmark", "data", "download", "train_per_task", "test_per_task"]
+            unread += ["classes_per_task", "order_seed"]
             default = BenchmarkOptions()
             said = [f"--{name.replace('_', '-')}" for name in unread if getattr(self, name) != getattr(default, name)]
             if said:
@@ -88,6 +94,8 @@ class BenchmarkOptions:
             train_per_task=self.train_per_task,
             test_per_task=self.test_per_task,
             seed=seed,
+            classes_per_task=self.classes_per_task,
+            order_seed=self.order_seed,
         )
         return part_of(benchmark, self.tasks, self.first_label, self.first_class)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -136,7 +137,8 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
     if output.print_config:
         print(config_text(options), end="")
         return
-    storage = output.storage or f"runs/{options.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w+.-]+", "-", options.data.name)
+    storage = output.storage or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if output.log_json:
         log_as_json(masked(storage))
     display = Display(to_stderr=output.json, quiet=output.json and output.log_json)

@@ -21,6 +21,8 @@ from distributed_eg.errors import BackboneError, InputError
 from distributed_eg.method.head import in_a_line, input_dtype, trial
 
 EFFICIENTNET_LITE0 = "efficientnet_lite0"
+DEFAULT_LAYER = "features"
+"""The layer whose output are the features; where there is none of that name, ``last_feature_layer`` finds one."""
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")
 """GoogLeNet's and Inception's auxiliary heads, which are never used here."""
 
@@ -231,14 +233,22 @@ def _is_path(weights: str) -> bool:
     return "/" in weights or weights.endswith((".pt", ".pth", ".safetensors")) or Path(weights).exists()
 
 
-def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
-    names = torchvision.models.list_models(module=torchvision.models)
+def require_known(arch: str) -> None:
+    """Refuse what is no backbone's name.
+
+    Raises:
+        BackboneError: it is none; the nearest ones are told.
+    """
+    names = [EFFICIENTNET_LITE0, *torchvision.models.list_models(module=torchvision.models)]
     if arch not in names:
-        close = [name for name in names if name[:4] == arch[:4]] or names[:5]
         raise BackboneError(
-            f"The backbone {arch!r} is unknown: it is neither {EFFICIENTNET_LITE0!r} nor a torchvision classification "
-            f"model (such as {', '.join(close[:5])})."
+            f"The backbone {arch!r} is unknown{given.nearest(arch, names)}; it is neither {EFFICIENTNET_LITE0!r} nor a "
+            "torchvision classification model: `distributed-eg backbones` lists all."
         )
+
+
+def _torchvision_network(arch: str, *, pretrained: bool, weights: str | None) -> nn.Module:
+    require_known(arch)
     known_weights = torchvision.models.get_model_weights(arch)
     members = known_weights.__members__
     member = members["DEFAULT"] if pretrained else None

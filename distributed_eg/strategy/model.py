@@ -13,6 +13,7 @@ from distributed_eg import given
 from distributed_eg.config import AutoencoderConfig, MethodConfig
 from distributed_eg.errors import BackboneError, InputError, StorageError
 from distributed_eg.method.backbone import (
+    DEFAULT_LAYER,
     Backbone,
     Weights,
     build_network,
@@ -36,8 +37,6 @@ from distributed_eg.strategy.networks import with_plain_head
 from distributed_eg.strategy.predictions import Images, Prediction, TaskNotes, batches_of, notes_of, reader_for
 from distributed_eg.strategy.predictor import Predictor, take_predictor
 from distributed_eg.types import AutoencoderKind, GateScore, TaskId
-
-_DEFAULT_LAYER = "features"
 
 
 class ExpertGate(nn.Module):
@@ -76,7 +75,7 @@ class ExpertGate(nn.Module):
         device: torch.device | str | int | None = None,
         arch: str | nn.Module = "alexnet",
         pretrained_flag: bool = True,
-        output_layer_name: str = _DEFAULT_LAYER,
+        output_layer_name: str = DEFAULT_LAYER,
         *,
         head: str | None = None,
         weights: Weights = None,
@@ -114,7 +113,7 @@ class ExpertGate(nn.Module):
         if self.custom:
             require_copies(root, self.shape)
         layers = dict(root.named_modules())
-        if output_layer_name == _DEFAULT_LAYER and _DEFAULT_LAYER not in layers:
+        if output_layer_name == DEFAULT_LAYER and DEFAULT_LAYER not in layers:
             output_layer_name = last_feature_layer(root, self.head, self.shape)
         self.output_layer_name = output_layer_name
         self.feature_shape = Backbone(root, output_layer_name, self.shape).feature_shape

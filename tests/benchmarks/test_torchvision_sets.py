@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks.utils import AvalancheDataset
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.datasets import VisionDataset
@@ -17,6 +16,7 @@ from torchvision.datasets import VisionDataset
 from distributed_eg.benchmarks import Benchmark, make_benchmark
 from distributed_eg.benchmarks.benchmark import IMAGENET_MEAN, IMAGENET_STD
 from distributed_eg.errors import InputError
+from tests.benchmarks.stand_ins import ColourImages
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(
@@ -97,7 +97,7 @@ def test_sizes_are_balanced_and_per_task():
     assert [len(experience.dataset) for experience in benchmark.scenario.test_stream] == [8] * 5
     for experience in benchmark.scenario.train_stream:
         assert len(set(np.unique(list(experience.dataset.targets), return_counts=True)[1])) == 1
-    with pytest.raises(InputError, match="images of class 0, which has 5923"):
+    with pytest.raises(InputError, match="images of class 0 of MNIST, which has 5923"):
         split("split-mnist", train_per_task=20_000)
 
 
@@ -109,23 +109,6 @@ def test_seed_decides_which_samples():
         return hashlib.sha256(b"".join(pixels)).hexdigest()
 
     assert digest(1) == digest(1) != digest(2)
-
-
-class ColourImages(VisionDataset):
-    """Stands in for CIFAR-10: 40 images of 8 x 8 pixels, each of one colour that tells its class."""
-
-    def __init__(self, root: str, train: bool, download: bool) -> None:
-        super().__init__(root)
-        if download:
-            raise OSError("no route to host")
-        self.targets = [k % 10 for k in range(40)]
-        self.classes = [f"colour {k}" for k in range(10)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.new("RGB", (8, 8), (self.targets[index] * 20, 0, 255)), self.targets[index]
 
 
 def test_colour_images_keep_their_channels(monkeypatch, tmp_path):

@@ -123,7 +123,7 @@ def _part(folder: Path) -> tuple[ImagePart, tuple[str, ...]]:
         targets += [number] * len(images)
         num_others += others
     if num_others:
-        logger.info("%d files in %s are no images by their names, and left out.", num_others, folder)
+        logger.warning("%d entries of folders in %s are no images by their names, and left out.", num_others, folder)
     if len(classes) == 1:
         raise InputError(
             f"{folder} has one class only ({classes[0].name!r}): an expert has nothing to tell apart there."
@@ -141,15 +141,15 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _images(folder: Path) -> tuple[list[Path], int]:
-    """The image files in a folder, by name, and how many files are none by their names; hidden ones do not count."""
+    """The image files in a folder, by name, and how many entries are none by their names; hidden ones do not count."""
     Image.init()
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     try:
-        files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
-    images = sorted(path for path in files if path.suffix.lower() in suffixes)
-    return images, len(files) - len(images)
+    images = sorted(path for path in entries if path.suffix.lower() in suffixes and path.is_file())
+    return images, len(entries) - len(images)
 
 
 def _refuse_unusable(file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import tyro
 from distributed_eg import given
 from distributed_eg.benchmarks.catalog import listed
 from distributed_eg.benchmarks.names import CHANGES
+from distributed_eg.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,10 @@ def benchmarks(options: Annotated[BenchmarksOptions, tyro.conf.OmitArgPrefixes])
     """List the task sequences that have names: tasks, classes, images, licence, what must be where."""
     from distributed_eg.cli.display import Display
 
-    lines = listed(None if options.data is None else given.path(options.data, "--data"))
+    data = None if options.data is None else given.path(options.data, "--data")
+    if data is not None and not os.path.isdir(data):
+        raise InputError(f"--data is {data!r}, and there is no such folder.")
+    lines = listed(data)
     display = Display(to_stderr=options.json)
     display.benchmarks(lines)
     for kind, (_, makes) in CHANGES.items():

@@ -41,10 +41,12 @@ def made(root: Path, **options: object) -> Benchmark:
     return make_benchmark(f"folder:{root}", image_size=16, **options)
 
 
-def test_a_task_for_each_sub_folder(root: Path) -> None:
+def test_a_task_for_each_sub_folder(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "birds" / "train" / "crow" / "notes.txt").write_text("no image")
+    (root / "birds" / "train" / "gull" / "more").mkdir()
     (root / ".cache").mkdir()
     benchmark = made(root)
+    assert f"2 entries of folders in {root}/birds/train are no images by their names, and left out." in caplog.messages
     assert benchmark.task_names == ("birds", "cars")
     assert benchmark.class_names == {0: "crow", 1: "gull", 2: "owl", 3: "audi", 4: "saab"}
     sizes = [[len(e.dataset) for e in stream] for stream in benchmark.scenario.streams.values()]

@@ -63,6 +63,7 @@ def test_the_parameters_of_the_packaged_backbone_are_counted_right() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["benchmarks", "--data", "nowhere"], "there is no such folder"),
         (["backbones", "resnt18"], "the nearest are resnet18"),
         (["backbones", "alexnet", "--image-size", "8"], "cannot take images of shape (3, 8, 8)"),
         (["run", "--benchmark", "split-cifar"], "the nearest are split-cifar10"),

@@ -84,16 +84,6 @@ def seal_next(storage: Storage, record: EvaluationRecord) -> EvaluationRecord:
     return record
 
 
-def read_newest(storage: Storage) -> EvaluationRecord | None:
-    """The evaluation of the highest number; None where the run keeps none.
-
-    Raises:
-        StorageError: it cannot be read, or is damaged.
-    """
-    numbers = _numbers(storage)
-    return records.read(storage, EvaluationRecord, numbers[-1]) if numbers else None
-
-
 def read_all(storage: Storage) -> StoredRecords:
     """Every evaluation that is there, by path; ``StorageError`` where the run directory does not answer."""
     found = StoredRecords({}, {}, {})

@@ -160,7 +160,8 @@ def test_row_05_autoencoders_have_that_size() -> None:
 def test_row_06_relatedness_is_measured_on_validation_data() -> None:
     """The table's errors are means over the validation stream, not over what the autoencoders were fitted to."""
     benchmark = tiny_benchmark((0, 1))
-    with tiny_strategy(train_epochs=1) as strategy:
+    residual = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
+    with tiny_strategy(model=residual, train_epochs=1) as strategy:
         strategy.train(benchmark.train_stream, valid_stream=benchmark.test_stream)
         (row,) = strategy.relatedness.to_pylist()
         model = strategy.model.eval()

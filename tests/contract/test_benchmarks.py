@@ -50,7 +50,7 @@ from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.dispatcher import Progress
 from distributed_eg.schedule.events import Stage
-from tests.helpers import INLINE, hashes, task_images, tiny_benchmark, tiny_strategy
+from tests.helpers import INLINE, SHAPE, hashes, task_images, tiny_benchmark, tiny_net, tiny_strategy
 from tests.inside import registry_of, sample_counts_of
 
 # Ray's workers cannot import a test module: its classes travel by value.
@@ -506,7 +506,8 @@ def test_a_valid_stream_may_be_a_generator() -> None:
 
 def test_a_valid_stream_gives_each_label_of_an_experience_its_part() -> None:
     benchmark = labelled_benchmark([(3, 0), (8, 1)], [(5, 2)])
-    with tiny_strategy(train_epochs=1) as strategy:
+    residual = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
+    with tiny_strategy(model=residual, train_epochs=1) as strategy:
         strategy.train(benchmark.train_stream, valid_stream=benchmark.test_stream)
         model = strategy.model.eval()
         rows = strategy.relatedness.to_pylist()

@@ -37,12 +37,13 @@ def make_benchmark(
     folder a class), "hf:PATH" (what Hugging Face's datasets saved to disk), one of these changed ("permuted:NAME",
     "rotated:NAME", "pairs:NAME"; "rotated-36:NAME" is done 36 times), or a chain of all these ("a+b+c").
 
-    `data` is the folder of torchvision's and MedMNIST's datasets, and `download` allows fetching a missing one into it.
+    `data` is the folder of torchvision's, MedMNIST's and the paper's datasets, and `download` allows fetching into it
+    what torchvision and MedMNIST can fetch.
     Images are float32, 3 x `image_size` x `image_size` pixels (64 for "embedded" alone, 96 otherwise), normalised with
     ImageNet's statistics. `train_per_task` and `test_per_task` are images a task: one number, or one for each task
     where nothing is chained, split equally over the task's classes and rounded down; without them "embedded" has 240
     and 120, and the others have all that there are. `classes_per_task` are those of a dataset in its own order, or in
-    one that `order_seed` draws; without it the datasets of `BENCHMARKS` have 2, or 10 where they have more than 26
+    one that `order_seed` draws; without it the datasets of "split-…" have 2, or 10 where they have more than 26
     classes, and the others are one task each, as is everything that is permuted or rotated. Raises `InputError`.
     """
     parts = parts_of_name(given.text(name, "The name of a benchmark"))
@@ -93,6 +94,10 @@ def _sets(part: Part, request: Request) -> list[ImageSet]:
         return [
             torchvision_set(name, data, download=download, seed=seed) for name in IN_TURNS.get(part.what, (part.what,))
         ]
+    if part.kind == "paper":
+        from distributed_eg.benchmarks.paper_sets import paper_sets
+
+        return paper_sets(part.what, data, download=download, seed=seed)
     if part.kind == "medmnist":
         from distributed_eg.benchmarks.medmnist_sets import medmnist_set
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,11 @@ MEDMNIST: Mapping[str, tuple[int, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchvisionSet:
-    """A dataset that torchvision opens from a folder, and how."""
+class KnownSet:
+    """A dataset in a folder, as it is published."""
 
     source: str
-    """Its class in ``torchvision.datasets``."""
+    """What it is called; its class in ``torchvision.datasets`` where torchvision opens it."""
     num_classes: int
     image: str
     """Width × height in pixels where all are alike, and colours."""
@@ -41,6 +41,14 @@ class TorchvisionSet:
     """As its authors state it."""
     place: str
     """A path inside the folder that is there once the dataset is."""
+    home: str | None = None
+    """Where it is to be had; None where torchvision downloads it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchvisionSet(KnownSet):
+    """A dataset that torchvision opens from a folder, and how."""
+
     parts: tuple[Mapping[str, object], ...] = ({"split": "train"}, {"split": "test"})
     """Arguments that open the training part, and the test part; where there is none, it is a seeded share."""
     targets: str = "_labels"
@@ -147,6 +155,7 @@ TORCHVISION: Mapping[str, TorchvisionSet] = {
         image="RGB",
         licence=_UNSTATED,
         place="stanford_cars/devkit",
+        home="https://github.com/pytorch/vision/issues/7545",
         targets="_samples",
     ),
     "split-food101": TorchvisionSet(
@@ -181,7 +190,42 @@ TORCHVISION: Mapping[str, TorchvisionSet] = {
     ),
 }
 
-BENCHMARKS: tuple[str, ...] = (EMBEDDED, *TORCHVISION, *IN_TURNS)
+PUBLISHED: Mapping[str, KnownSet] = {
+    "scenes": KnownSet(
+        source="MIT Scenes 67",
+        num_classes=67,
+        image="RGB",
+        licence=_UNSTATED,
+        place="indoorCVPR_09/TrainImages.txt",
+        home="https://web.mit.edu/torralba/www/indoor.html",
+    ),
+    "birds": KnownSet(
+        source="CUB-200-2011",
+        num_classes=200,
+        image="RGB",
+        licence=_UNSTATED,
+        place="CUB_200_2011/images",
+        home="https://www.vision.caltech.edu/datasets/cub_200_2011/",
+    ),
+    "actions": KnownSet(
+        source="VOC 2012 Actions",
+        num_classes=11,
+        image="RGB",
+        licence="flickr's terms of use",
+        place="VOCdevkit/VOC2012/ImageSets/Action",
+        home="http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+    ),
+}
+"""Those of the paper's datasets that torchvision does not open; they have no benchmarks of their own."""
+
+_PAPER_3 = ("scenes", "birds", "split-flowers102")
+PAPER: Mapping[str, tuple[str, ...]] = {
+    "paper-3": _PAPER_3,
+    "paper-6": (*_PAPER_3, "split-stanford-cars", "split-fgvc-aircraft", "actions"),
+}
+"""The paper's two sequences: each dataset is one task."""
+
+BENCHMARKS: tuple[str, ...] = (EMBEDDED, *TORCHVISION, *IN_TURNS, *PAPER)
 """The names that stand for themselves; ``names.py`` says what can be made of them."""
 
 
@@ -201,17 +245,20 @@ class BenchmarkLine:
     """Whether it was found; None where nobody said where to look."""
 
 
+def known_set(name: str) -> KnownSet:
+    """The dataset of a name in `TORCHVISION` or `PUBLISHED`."""
+    return PUBLISHED[name] if name in PUBLISHED else TORCHVISION[name]
+
+
 def listed(data: str | None) -> list[BenchmarkLine]:
     """Every name, and whether its data are in the folder ``data``, as far as a look at the paths can tell."""
     has_packages = all(importlib.util.find_spec(name) is not None for name in ("skimage", "sklearn"))
     photographs = "scikit-image's and scikit-learn's"
     lines = [BenchmarkLine(EMBEDDED, 8, 22, "RGB", photographs, "the extra demo", has_packages)]
-    for name, known in TORCHVISION.items():
-        lines.append(_line(name, [known], known.image, known.licence, data))
-    for name, parts in IN_TURNS.items():
-        in_turns = [TORCHVISION[part] for part in parts]
-        licences = "; ".join(dict.fromkeys(part.licence for part in in_turns))
-        lines.append(_line(name, in_turns, in_turns[0].image, licences, data))
+    for name, parts in {**{name: (name,) for name in TORCHVISION}, **IN_TURNS}.items():
+        cut = [TORCHVISION[part] for part in parts]
+        lines.append(_line(name, sum(num_tasks(part.num_classes, part.classes_per_task) for part in cut), cut, data))
+    lines += [_line(name, len(parts), [known_set(part) for part in parts], data) for name, parts in PAPER.items()]
     for name, (num_classes, colours) in MEDMNIST.items():
         licence = "CC BY-NC 4.0" if name == "dermamnist" else "CC BY 4.0"
         found = None if data is None else (Path(data) / f"{name}.npz").is_file()
@@ -228,9 +275,9 @@ def num_tasks(num_classes: int, classes_per_task: int) -> int:
     return max(1, -(-num_classes // classes_per_task) - (num_classes % classes_per_task == 1 < classes_per_task))
 
 
-def _line(name: str, known: list[TorchvisionSet], image: str, licence: str, data: str | None) -> BenchmarkLine:
-    tasks = sum(num_tasks(part.num_classes, part.classes_per_task) for part in known)
+def _line(name: str, tasks: int, known: Sequence[KnownSet], data: str | None) -> BenchmarkLine:
     classes = sum(part.num_classes for part in known)
+    licences = "; ".join(dict.fromkeys(part.licence for part in known))
     needs = ", ".join(part.place for part in known)
     is_there = None if data is None else all((Path(data) / part.place).exists() for part in known)
-    return BenchmarkLine(name, tasks, classes, image, licence, needs, is_there)
+    return BenchmarkLine(name, tasks, classes, known[0].image, licences, needs, is_there)

@@ -118,7 +118,7 @@ def _part(folder: Path) -> tuple[ImagePart, tuple[str, ...]]:
         if not images:
             raise InputError(f"{inner} has no images in it: move it away, or fill it.")
         for image in images:
-            _refuse_unusable(image)
+            image_size(image)
         files += [str(image.relative_to(folder)) for image in images]
         targets += [number] * len(images)
         num_others += others
@@ -152,8 +152,8 @@ def _images(folder: Path) -> tuple[list[Path], int]:
     return images, len(entries) - len(images)
 
 
-def _refuse_unusable(file: Path) -> None:
-    """Read a file's head.
+def image_size(file: Path) -> tuple[int, int]:
+    """Width and height of an image in pixels, from its file's head.
 
     Raises:
         InputError: it cannot be taken as an image.
@@ -162,10 +162,11 @@ def _refuse_unusable(file: Path) -> None:
         if not file.stat().st_size:
             raise InputError(f"{file} is empty (0 bytes): repair it, or move it away.")
         with Image.open(file) as image:
-            mode = image.mode
+            mode, size = image.mode, image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} cannot be taken as an image ({told(error)}): repair it, or move it away.") from error
     if mode.startswith(("I", "F")):
         raise InputError(f"{file} has pixels deeper than a byte (mode {mode}): convert it to RGB or grey first.")
+    return size

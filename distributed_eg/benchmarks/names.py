@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 from distributed_eg import given
-from distributed_eg.benchmarks.catalog import BENCHMARKS, EMBEDDED, IN_TURNS, MEDMNIST
+from distributed_eg.benchmarks.catalog import BENCHMARKS, EMBEDDED, IN_TURNS, MEDMNIST, PAPER
 from distributed_eg.errors import InputError
 
-Kind: TypeAlias = Literal["embedded", "torchvision", "medmnist", "folder", "hf"]
+Kind: TypeAlias = Literal["embedded", "torchvision", "paper", "medmnist", "folder", "hf"]
 ChangeKind: TypeAlias = Literal["permuted", "rotated", "pairs"]
 
 CHANGES: Mapping[ChangeKind, tuple[int, str]] = {
@@ -80,7 +80,8 @@ def _part(piece: str, whole: str) -> Part:
     if what in BENCHMARKS:
         if what == EMBEDDED and change is not None:
             raise InputError(f"The benchmark {piece!r} cannot be had: {EMBEDDED!r} comes as it is.")
-        return Part(piece, "embedded" if what == EMBEDDED else "torchvision", what, change)
+        own: Kind = "embedded" if what == EMBEDDED else "paper" if what in PAPER else "torchvision"
+        return Part(piece, own, what, change)
     head, _, rest = what.partition(":")
     if head == "medmnist" and rest in MEDMNIST:
         return Part(piece, "medmnist", rest, change)

@@ -45,15 +45,15 @@ def _open(known: TorchvisionSet, name: str, data: str | None, arguments: Mapping
         # Workers read its files from wherever they run.
         root = os.path.abspath(data)
         try:
-            return getattr(datasets, known.source)(root, **arguments, download=download)
+            return getattr(datasets, known.source)(root, **arguments, download=download and known.home is None)
         except ImportError as error:
             raise InputError(f"{name} needs the package {error.name!r}: pip install it.") from error
         # Torchvision's own are RuntimeErrors; the others come of files that are cut off or not what they should be.
         except (RuntimeError, OSError, ValueError, EOFError, LookupError, AssertionError, UnpicklingError) as error:
-            if download:
+            if download and known.home is None:
                 raise InputError(f"{name} could not download {known.source} into --data {data}: {error}") from error
             where = f"{data} does not have it, or not whole ({told(error)})"
-    raise InputError(
-        f"{name} needs torchvision's {known.source}, and {where}: pass --data DIR, and --download to fetch it into DIR "
-        "(in Python: data= and download=True)."
-    )
+    how = "pass --data DIR, and --download to fetch it into DIR (in Python: data= and download=True)"
+    if known.home is not None:
+        how = f"nothing downloads it; {known.home} says where it is, and --data DIR (in Python: data=) where you put it"
+    raise InputError(f"{name} needs torchvision's {known.source}, and {where}: {how}.")

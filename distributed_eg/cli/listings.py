@@ -20,7 +20,7 @@ class BenchmarksOptions:
     """List the task sequences that have names, and whether their data are there."""
 
     data: str | None = None
-    """Folder of torchvision's and MedMNIST's datasets, to look for them in."""
+    """Folder of torchvision's, MedMNIST's and the paper's datasets, to look for them in."""
     json: bool = False
     """Print one JSON object as the last line of stdout; what people read goes to stderr."""
 

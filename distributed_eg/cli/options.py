@@ -37,7 +37,7 @@ class BenchmarkOptions:
     benchmarks` lists all); folder:PATH (image files, a folder a class), hf:PATH; permuted:NAME, rotated:NAME,
     pairs:NAME; or several, chained as in a+b+c."""
     data: Annotated[str | None, optional("DIR")] = None
-    """Folder of torchvision's and MedMNIST's datasets."""
+    """Folder of torchvision's, MedMNIST's and the paper's datasets."""
     download: bool = False
     """Download a missing dataset into --data."""
     train_per_task: Annotated[int | None, optional("N")] = None

@@ -83,16 +83,19 @@ def tiny_benchmark(
     return task_incremental_benchmark(scenario) if labels else scenario
 
 
+def shared_model() -> ExpertGate:
+    """A model whose gate goes by the shared score."""
+    return ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="shared")
+
+
 INLINE = ClusterConfig(engine="inline")
 
 
 def tiny_strategy(cluster: ClusterConfig = INLINE, **overrides: Any) -> ExpertGateStrategy:
-    """A strategy over a TinyNet, quick, with linear autoencoders, the shared score and no loggers."""
+    """A strategy over a TinyNet, quick, with the linear autoencoder and no loggers."""
     overrides = dict(overrides)
     cls = overrides.pop("cls", ExpertGateStrategy)
-    model = overrides.pop("model", None) or ExpertGate(
-        SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="shared"
-    )
+    model = overrides.pop("model", None) or ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
     optimizer = overrides.pop("optimizer", None) or torch.optim.SGD(model.expert.parameters(), lr=0.05, momentum=0.9)
     settings: dict[str, Any] = {
         "train_mb_size": 16,

@@ -13,13 +13,23 @@ import pytest
 import torch
 
 from distributed_eg import ClusterConfig, ExpertGate
-from tests.helpers import DOMAINS, INLINE, SETTINGS, SHAPE, outcome, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import (
+    DOMAINS,
+    INLINE,
+    SETTINGS,
+    SHAPE,
+    outcome,
+    shared_model,
+    tiny_benchmark,
+    tiny_net,
+    tiny_strategy,
+)
 
 
 def run(cluster: ClusterConfig, *, stepwise: bool = False, **overrides: Any) -> dict[str, Any]:
     """Train and evaluate; return everything that must be equal."""
     benchmark = tiny_benchmark(DOMAINS)
-    with tiny_strategy(cluster, **{**SETTINGS, **overrides}) as strategy:
+    with tiny_strategy(cluster, **{**SETTINGS, "model": shared_model(), **overrides}) as strategy:
         if stepwise:
             for experience in benchmark.train_stream:
                 strategy.train(experience)
@@ -45,7 +55,7 @@ def test_the_callers_generator_and_threads_neither_matter_nor_change(inline: dic
     torch.manual_seed(123)
     try:
         benchmark = tiny_benchmark(DOMAINS)
-        with tiny_strategy(INLINE, **SETTINGS) as strategy:
+        with tiny_strategy(INLINE, model=shared_model(), **SETTINGS) as strategy:
             state = torch.get_rng_state()
             strategy.train(benchmark.train_stream)
             assert torch.equal(torch.get_rng_state(), state)
@@ -77,7 +87,7 @@ def test_by_the_score_of_the_paper(inline: dict[str, Any]) -> None:
     """What is trained is the same, and so is the routing, on workers and step by step."""
 
     def by_residuals(cluster: ClusterConfig, *, stepwise: bool = False) -> dict[str, Any]:
-        model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear", gate_score="residual")
+        model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear")
         return run(cluster, stepwise=stepwise, model=model)
 
     expected = by_residuals(INLINE)

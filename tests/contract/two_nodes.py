@@ -30,7 +30,7 @@ def main(storage: str) -> None:
             address=cluster.address, num_workers=2, cpus_per_worker=1, gpus_per_worker=0.5, storage=storage
         )
         benchmark = helpers.tiny_benchmark(helpers.DOMAINS)
-        with helpers.tiny_strategy(config, **helpers.SETTINGS) as strategy:
+        with helpers.tiny_strategy(config, model=helpers.shared_model(), **helpers.SETTINGS) as strategy:
             strategy.train(benchmark.train_stream)
             metrics = strategy.eval(benchmark.test_stream)
             nodes = {worker.node for worker in strategy.workers()}

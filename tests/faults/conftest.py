@@ -12,7 +12,7 @@ import pytest
 
 from distributed_eg import ClusterConfig
 from tests.faults.chaos import Chaos, installed
-from tests.helpers import DOMAINS, SETTINGS, hashes, outcome, tiny_benchmark, tiny_strategy
+from tests.helpers import DOMAINS, SETTINGS, hashes, outcome, shared_model, tiny_benchmark, tiny_strategy
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def undisturbed() -> dict[str, Any]:
 def train_and_evaluate(cluster: ClusterConfig, **overrides: Any) -> dict[str, Any]:
     """One run over four tasks, of which one learns without forgetting."""
     benchmark = tiny_benchmark(DOMAINS)
-    with tiny_strategy(cluster, **{**SETTINGS, **overrides}) as strategy:
+    with tiny_strategy(cluster, **{**SETTINGS, "model": shared_model(), **overrides}) as strategy:
         strategy.train(benchmark.train_stream)
         return outcome(strategy, strategy.eval(benchmark.test_stream))
 

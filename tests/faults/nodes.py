@@ -111,7 +111,10 @@ class Run:
         self.progress: list[Progress] = []
         self.said: list[str] = []
         self.strategy: ExpertGateStrategy = helpers.tiny_strategy(
-            theatre.config(storage, **options), observer=self.progress.append, **helpers.SETTINGS
+            theatre.config(storage, **options),
+            model=helpers.shared_model(),
+            observer=self.progress.append,
+            **helpers.SETTINGS,
         )
 
     def train(self, steps: Iterator[None] | None = None) -> Facts:

@@ -16,7 +16,7 @@ from distributed_eg import ClusterConfig, ExpertGate
 from distributed_eg.errors import StorageError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import unnamed, verify
-from tests.helpers import DOMAINS, SETTINGS, content, outcome, tiny_benchmark, tiny_net, tiny_strategy
+from tests.helpers import DOMAINS, SETTINGS, content, outcome, shared_model, tiny_benchmark, tiny_net, tiny_strategy
 
 moto_server = pytest.importorskip("moto.server", reason="moto[server] of the extra test is not installed")
 serving = pytest.importorskip("werkzeug.serving")
@@ -86,7 +86,7 @@ def uri_of(where: str, run: str) -> str:
 def train(storage: str, *, resume: bool = False, **overrides: Any) -> dict[str, Any]:
     """Train, evaluate; everything that must not depend on where the run is kept."""
     cluster = ClusterConfig(storage=storage, resume=resume, **{"engine": "inline", **overrides})
-    with tiny_strategy(cluster, **SETTINGS) as strategy:
+    with tiny_strategy(cluster, model=shared_model(), **SETTINGS) as strategy:
         strategy.train(BENCHMARK.train_stream)
         return outcome(strategy, strategy.eval(BENCHMARK.test_stream))
 

@@ -21,11 +21,9 @@ fi
 exec python - "$nodes" "$cpus" "${PORT:-6379}" "${DASHBOARD_PORT:-8265}" <<'PYTHON'
 import signal
 import sys
-import time
 
 import psutil
 from ray.cluster_utils import Cluster
-from ray.job_submission import JobSubmissionClient
 
 nodes, cpus, port, dashboard_port = map(int, sys.argv[1:])
 signals = {signal.SIGINT, signal.SIGTERM}
@@ -39,15 +37,6 @@ try:
     cluster.add_node(num_cpus=0, num_gpus=0, gcs_server_port=port, **dashboard, **here)
     for i in range(nodes):
         cluster.add_node(num_cpus=cpus, num_gpus=0 if i else None, **here)
-    deadline = time.monotonic() + 60
-    while True:  # jobs are taken a moment after the nodes are there
-        try:
-            JobSubmissionClient(f"http://127.0.0.1:{dashboard_port}").submit_job(entrypoint="true")
-            break
-        except (RuntimeError, ConnectionError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
     print(f"Ray: 127.0.0.1:{port}, jobs: http://127.0.0.1:{dashboard_port}; Ctrl-C ends it.", flush=True)
     # From here on, for Ray's processes inherit what is blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)

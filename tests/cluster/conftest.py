@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,11 @@ def local_cluster() -> Iterator[LocalCluster]:
         assert process.stdout is not None
         try:
             assert f"jobs: http://127.0.0.1:{dashboard_port}" in process.stdout.readline()
-            yield LocalCluster(process, port, dashboard_port, env)
+            cluster = LocalCluster(process, port, dashboard_port, env)
+            deadline = time.monotonic() + STOP_S
+            while cluster.submit("true").returncode:  # jobs are taken a moment after the nodes are there
+                assert time.monotonic() < deadline, "cluster/local.sh takes no jobs"
+            yield cluster
             below = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)  # as Ctrl-C does
             assert process.wait(STOP_S) == 0

@@ -130,7 +130,7 @@ def test_no_word(cls: Any, name: str, value: object) -> None:
 
 
 def test_words_of_an_enum() -> None:
-    class Kind(str, enum.Enum):
+    class Kind(str, enum.Enum):  # noqa: UP042 - as users write them
         LINEAR = "linear"
 
     plain(AutoencoderConfig(kind=Kind.LINEAR), "kind", "linear")  # type: ignore[arg-type]

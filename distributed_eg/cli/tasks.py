@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Annotated
 
 import tyro
@@ -45,9 +45,7 @@ def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes, tyro.conf.
             parent=None if manifest.parent is None else first[manifest.parent],
             transfer=manifest.transfer,
             versions=len(manifest.versions),
-            finished=datetime.fromtimestamp(storage.modified_s(manifest.path), timezone.utc).isoformat(
-                timespec="seconds"
-            ),
+            finished=datetime.fromtimestamp(storage.modified_s(manifest.path), UTC).isoformat(timespec="seconds"),
             is_retired=task not in registry.active,
         )
         for task, manifest in registry.newest.items()

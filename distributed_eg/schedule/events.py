@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TypeAlias
 
 from distributed_eg.types import TaskId
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """The stages of a task, in their order. Each ends with something sealed, but for FEATURES, whose result is a
     cache in a node's scratch folder."""
 
@@ -20,7 +20,7 @@ class Stage(str, Enum):
     EXPERT = "expert"
 
 
-class Cause(str, Enum):
+class Cause(StrEnum):
     """Why a stage failed; what may help differs by cause."""
 
     RAISED = "raised"

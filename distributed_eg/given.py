@@ -72,7 +72,7 @@ def word(value: object, name: str, choices: tuple[Word, ...]) -> Word:
 
 def nearest(value: str, names: Sequence[str]) -> str:
     """The end of an error about an unknown name: those that it may be meant for; empty where none is near."""
-    near = difflib.get_close_matches(value, names, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(value, names, n=3)
     return f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
 
 

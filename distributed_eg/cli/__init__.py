@@ -11,7 +11,6 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from typing import NoReturn, TextIO
 
@@ -64,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _command(arguments: list[str] | None) -> None:
     import tyro
 
+    from distributed_eg import given
     from distributed_eg.cli.config_file import with_config
     from distributed_eg.cli.eval import evaluate
     from distributed_eg.cli.gc import gc
@@ -96,9 +96,8 @@ def _command(arguments: list[str] | None) -> None:
     }
     try:
         if words and not words[0].startswith("-") and words[0] not in commands:
-            near = get_close_matches(words[0], commands, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands)}."
-            raise InputError(f"There is no command {words[0]!r}; {hint}")
+            near = given.nearest(words[0], list(commands)) or f"; there are {', '.join(commands)}"
+            raise InputError(f"There is no command {words[0]!r}{near}.")
         if words[:1] == ["run"] and (file := _config_in(words)) is not None:
             # Of a file that is named the values are the defaults, so that flags win, and the help shows them.
             commands["run"] = partial(run, options=with_config(RunOptions(), file))

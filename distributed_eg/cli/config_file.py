@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -39,9 +38,8 @@ def with_config(options: Options, file: str) -> Options:
     for key, value in _read(path):
         name = str(key).replace("-", "_")
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}."
-            raise InputError(f"{path}: there is no option {key!r}; {hint}")
+            near = given.nearest(name, list(known)) or f"; the keys are {', '.join(known)}"
+            raise InputError(f"{path}: there is no option {key!r}{near}.")
         if name in changed[known[name]]:
             raise InputError(f"{path}: {key!r} is there twice; leave one of them out.")
         hints = get_type_hints(type(groups[known[name]]))

@@ -7,7 +7,6 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -46,9 +45,8 @@ def own_benchmark(source: str) -> Benchmark:
     function = getattr(module, name, None)
     if not callable(function):
         functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-        near = get_close_matches(name, functions, n=1) or functions
-        has = f"; it has {', '.join(near)}" if near else ""
-        raise InputError(f"{str(path)!r} has no function {name!r}{has}.")
+        near = given.nearest(name, functions) or (f"; it has {', '.join(functions)}" if functions else "")
+        raise InputError(f"{str(path)!r} has no function {name!r}{near}.")
     what = f"{path}:{name}"
     try:
         inspect.signature(function).bind()

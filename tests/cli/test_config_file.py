@@ -59,7 +59,7 @@ def test_values_of_every_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("epocs: 3", "there is no option 'epocs'; did you mean 'epochs'?"),
+        ("epocs: 3", "there is no option 'epocs'; the nearest is epochs."),
         ("xyzzy: 3", "there is no option 'xyzzy'; the keys are source, benchmark,"),
         ("config: other.yaml", "there is no option 'config'"),
         ("3: 4", "there is no option 3"),
@@ -123,7 +123,7 @@ def test_a_secret_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--config", ""], "--config is ''"),
         (["run", "--config", "."], "The file of --config cannot be read"),
         (["run", "--print-config", "--lr", "-1"], "--lr is -1.0"),
-        (["rnu"], "There is no command 'rnu'; did you mean 'run'?"),
+        (["rnu"], "There is no command 'rnu'; the nearest is run."),
         (["xyzzy"], "There is no command 'xyzzy'; there are run, eval"),
         (["run", "--config"], "--config"),
         (["run", "--epoch", "3"], "--epochs"),

@@ -159,7 +159,7 @@ def test_parts_and_this_package_s_own_kind(file: Path) -> None:
         ("train_only", "with the streams train; it must return"),
         ("uneven", "has the tasks [0, 1] to train and [0] to test"),
         ("vectors", "the first image is a tensor of shape (5,)"),
-        ("plian", "has no function 'plian'; it has plain"),
+        ("plian", "has no function 'plian'; the nearest is plain"),
         ("constant", "has no function 'constant'"),
         ("", "names no function: give FILE.py:FUNCTION"),
     ],

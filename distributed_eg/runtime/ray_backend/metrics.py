@@ -3,8 +3,6 @@ shows. Labels are few: a run, a state, a stage."""
 
 from __future__ import annotations
 
-from collections import Counter as Count
-
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from distributed_eg.runtime.messages import Evaluated, Progress
@@ -37,6 +35,10 @@ class Metrics:
         self._rate = Gauge("distributed_eg_gate_samples_per_second", "Of the last evaluation, its start included.", run)
         self._rate.set_default_tags(own)
         self._state_of: dict[TaskId, str] = {}
+        self._count = dict.fromkeys(_STATES, 0)
+        """Of tasks in each state."""
+        for state in _STATES:
+            self._tasks.set(0, {"state": state})
         self._failed: set[tuple[TaskId, Stage]] = set()
         """Stages whose last attempt failed."""
 
@@ -57,10 +59,12 @@ class Metrics:
             self._stage_s.observe(seen.seconds, {"stage": seen.stage.value})
         if seen.num_checkpoints:
             self._checkpoints.inc(seen.num_checkpoints)
-        self._state_of[seen.task] = _state(seen)
-        count = Count(self._state_of.values())
-        for state in _STATES:
-            self._tasks.set(count[state], {"state": state})
+        # One more, one less: what an event costs does not grow with the number of tasks.
+        before, now = self._state_of.get(seen.task), _state(seen)
+        self._state_of[seen.task] = now
+        for state, change in (*([(before, -1)] if before is not None else []), (now, 1)):
+            self._count[state] += change
+            self._tasks.set(self._count[state], {"state": state})
 
 
 def _state(seen: Progress) -> str:

@@ -48,8 +48,9 @@ class Watch:
     def drawn(self, rows: int) -> RenderableType:
         """A bar over all tasks, and ``rows`` of them: those at work before those that ended."""
         ended = [label for label, (progress, _) in self._last.items() if _has_ended(progress)]
-        working = [label for label in self._last if label not in ended]
-        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=list(self._names).index)
+        working = [label for label, (progress, _) in self._last.items() if not _has_ended(progress)]
+        places = {label: place for place, label in enumerate(self._names)}
+        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=places.__getitem__)
         table = Table("task", "stage", "worker", "parent", "seconds")
         for label in shown:
             table.add_row(*self._cells(*self._last[label]))

@@ -194,7 +194,7 @@ def test_integers_pass_unchanged(value: int) -> None:
 
 
 def test_the_nearest_names_are_told_where_there_are_any() -> None:
-    names = ["resnet18", "resnet34", "alexnet"]
-    assert given.nearest("alexnett", names) == "; the nearest is alexnet"
+    names = ["resnet18", "resnet34", "swin_tiny"]
+    assert given.nearest("swin", names) == "; the nearest is swin_tiny"
     assert given.nearest("resnet", names) == "; the nearest are resnet34, resnet18"
     assert given.nearest("vgg", names) == ""

@@ -29,6 +29,7 @@ def main() -> None:
         ae_latent_dim=50,
         rel_thresh=0.7,
         transform=benchmark.transform,
+        evaluator=None,
         # In a job RAY_ADDRESS says which cluster; resume: what an earlier attempt of the job has sealed is kept.
         cluster=ClusterConfig(storage=options.storage, resume=True),
     ) as strategy:

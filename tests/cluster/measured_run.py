@@ -48,8 +48,8 @@ class EndsOneWorker(SupervisedPlugin):  # type: ignore[misc]  # Avalanche's plug
         """Nothing to put back."""
 
 
-def scrape() -> Samples:
-    """What all processes of the cluster export, where Ray says that they do."""
+def scrape(run_id: str) -> Samples:
+    """What all processes of the cluster export, where Ray says that they do; of runs, this one."""
     found = defaultdict(list)
     known = Path(os.environ["RAY_TMPDIR"], "ray", "prom_metrics_service_discovery.json")
     for target in [target for group in json.loads(known.read_text()) for target in group["targets"]]:
@@ -60,7 +60,8 @@ def scrape() -> Samples:
             continue
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                found[sample.name].append((sample.labels, sample.value))
+                if sample.labels.get("run", run_id) == run_id:
+                    found[sample.name].append((sample.labels, sample.value))
     return found
 
 
@@ -72,9 +73,10 @@ def main(folder: Path, wanted: list[str]) -> None:
     with tiny_strategy(cluster, train_epochs=3, plugins=[plugin]) as strategy:
         strategy.train(benchmark.train_stream)
         strategy.eval(benchmark.test_stream)
+        run_id = json.loads((folder / "run" / "run.json").read_text())["run_id"]
         until = time.monotonic() + DEADLINE_S
         while True:
-            found = scrape()
+            found = scrape(run_id)
             tasks = {labels["state"]: value for labels, value in found["ray_distributed_eg_tasks"]}
             if (tasks.get("committed") == 2 and found.keys() >= {*wanted}) or time.monotonic() > until:
                 break

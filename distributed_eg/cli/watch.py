@@ -34,8 +34,9 @@ class Watch:
         """Note it; a line, where it is worth one: an expert is there, or a stage failed."""
         if not self._last:  # not before: until then workers come up
             self._begun = self._clock()
+        begun_s = self._clock() if progress.state != "training" else self._last[progress.label][1]
         self._last.pop(progress.label, None)
-        self._last[progress.label] = (progress, self._clock())
+        self._last[progress.label] = (progress, begun_s)
         task = f"task {progress.task} {self._names.get(progress.label, '')}"
         if progress.state == "failed":
             return f"{task}: {progress.stage.value} failed after {progress.seconds:.1f} s on {progress.worker}"
@@ -51,7 +52,7 @@ class Watch:
         working = [label for label, (progress, _) in self._last.items() if not _has_ended(progress)]
         places = {label: place for place, label in enumerate(self._names)}
         shown = sorted([*reversed(working), *reversed(ended)][:rows], key=places.__getitem__)
-        table = Table("task", "stage", "worker", "parent", "seconds")
+        table = Table("task", "stage", "loss", "worker", "parent", "seconds")
         for label in shown:
             table.add_row(*self._cells(*self._last[label]))
         bar = Table.grid(padding=(0, 1))
@@ -60,8 +61,10 @@ class Watch:
         return Group(table, bar)
 
     def _cells(self, progress: Progress, since: float) -> tuple[str, ...]:
-        stage, seconds = progress.stage.value, f"{progress.seconds:.1f}"
-        if progress.state == "started":
+        stage, loss, seconds = progress.stage.value, "", f"{progress.seconds:.1f}"
+        if (epoch := progress.epoch) is not None:
+            stage, loss = f"{stage}, epoch {epoch.number} of {epoch.total}", f"{epoch.loss:.3g}"
+        if progress.state in ("started", "training"):
             stage, seconds = f"[yellow]{stage} …", f"{self._clock() - since:.0f}"
         elif progress.state == "failed":
             stage = f"[red]{stage} failed"
@@ -71,7 +74,7 @@ class Watch:
             stage = "[green]done"
         name = escape(f"{progress.task} {self._names[progress.label]}")
         is_related = progress.stage is Stage.EXPERT or (progress.stage is Stage.RELATE and progress.state != "started")
-        return name, stage, progress.worker, _parent(progress) if is_related else "", seconds
+        return name, stage, loss, progress.worker, _parent(progress) if is_related else "", seconds
 
     def _to_go(self) -> str:
         """How long the tasks take that have neither ended nor failed, at the pace of those that this training did; kept

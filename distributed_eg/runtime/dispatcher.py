@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from distributed_eg.errors import ExpertGateError, StorageError, TaskFailedError
@@ -77,6 +78,7 @@ class Dispatcher:
             Exception: what the source raised, once everything that it gave before is done.
         """
         loop: Loop[Done] = Loop(machine, self)
+        self.engine.listener = None if self.observer is None else partial(self._hear, loop)
         for worker in self.engine.workers():
             self._take(worker, loop)
         while not machine.done:
@@ -293,13 +295,27 @@ class Dispatcher:
         logger.debug("Task %d: %s %s %s", run.task, run.stage.value, state, run.worker, extra=told)
         self._observe(run.task, run.stage, state, run.worker, seconds, num_checkpoints)
 
+    def _hear(self, loop: Loop[Done], worker: str, epoch: messages.Epoch) -> None:
+        """Hand on how far an expert is, where its worker does not do something else by now."""
+        now = (worker, epoch.task, Stage.EXPERT)
+        if any((run.worker, run.task, run.stage) == now for run in loop.runs.values()):
+            self._observe(epoch.task, Stage.EXPERT, "training", worker, epoch=epoch)
+
     def _observe(
-        self, task: TaskId, stage: Stage, state: State, worker: str = "", seconds: float = 0.0, num_checkpoints: int = 0
+        self,
+        task: TaskId,
+        stage: Stage,
+        state: State,
+        worker: str = "",
+        seconds: float = 0.0,
+        num_checkpoints: int = 0,
+        epoch: messages.Epoch | None = None,
     ) -> None:
         related, label = self.registry.relatedness.get(task), self._tasks[task].record.label
         parent = None if related is None else related.choice.parent
-        progress = Progress(task, label, stage, state, worker, seconds, parent, num_checkpoints)
-        self.engine.observe(progress)
+        progress = Progress(task, label, stage, state, worker, seconds, parent, num_checkpoints, epoch)
+        if epoch is None:
+            self.engine.observe(progress)
         if self.observer is not None:
             self.observer(progress)
 

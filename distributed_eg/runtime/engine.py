@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from distributed_eg.runtime.coordinator import CoordinatorApi
-from distributed_eg.runtime.messages import Done, Evaluated, Progress, Raised, Request, WorkerSetup
+from distributed_eg.runtime.messages import Done, Epoch, Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.schedule.events import WorkerJoined, WorkerLeaving, WorkerLost
 
@@ -21,6 +22,8 @@ class Ended:
 
 
 Report: TypeAlias = WorkerJoined | WorkerLeaving | WorkerLost | Ended
+Listener: TypeAlias = Callable[[str, Epoch], None]
+"""Told how far the expert is that a worker trains."""
 
 
 class Engine(Protocol):
@@ -32,6 +35,8 @@ class Engine(Protocol):
 
     shipper: Shipper
     coordinator: CoordinatorApi
+    listener: Listener | None
+    """Called from within ``wait``; None: nobody wants to know."""
 
     def observe(self, seen: Progress | Evaluated) -> None:
         """Told of every stage that starts or ends, and of every evaluation, for whoever watches the cluster."""

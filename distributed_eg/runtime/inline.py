@@ -9,8 +9,8 @@ import torch
 
 from distributed_eg.errors import WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
-from distributed_eg.runtime.engine import Ended, Report
-from distributed_eg.runtime.messages import Evaluated, Progress, Raised, Request, WorkerSetup
+from distributed_eg.runtime.engine import Ended, Listener, Report
+from distributed_eg.runtime.messages import Epoch, Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
 from distributed_eg.runtime.worker.worker import TaskWorker, told_of
 from distributed_eg.schedule.events import Cause, WorkerJoined
@@ -25,6 +25,7 @@ class InlineEngine:
     def __init__(self, storage_uri: str, generation: int) -> None:
         self.shipper = Shipper(self)
         self.coordinator: CoordinatorApi = Coordinator(storage_uri, generation)
+        self.listener: Listener | None = None
         self._worker: TaskWorker | None = None
         self._reports: deque[Report] = deque()
         self._calls: deque[tuple[int | None, Request]] = deque()
@@ -47,7 +48,7 @@ class InlineEngine:
         """Make this process a worker."""
         if self._worker is None:
             device = torch.device(setup.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self._worker = TaskWorker(setup, lambda data: data, device)
+            self._worker = TaskWorker(setup, lambda data: data, device, self._tell)
             self._joined = WorkerJoined(_WORKER, _NODE, told_of(device))
             self._reports.append(self._joined)
 
@@ -77,6 +78,10 @@ class InlineEngine:
         reports = list(self._reports)
         self._reports.clear()
         return reports
+
+    def _tell(self, epoch: Epoch) -> None:
+        if self.listener is not None:
+            self.listener(_WORKER, epoch)
 
     def begin(self) -> bool:
         """Always: nothing takes the worker away."""

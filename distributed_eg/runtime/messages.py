@@ -99,13 +99,25 @@ class TaskInput:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """How far the training of a task's expert is: in which epoch, from 1, of how many, and the mean loss of the batches
+    that were looked at last."""
+
+    task: TaskId
+    number: int
+    total: int
+    loss: float
+
+
 @dataclass(frozen=True)
 class ExpertJob:
     """What a trainer is given on the worker.
 
     ``network`` is the expert to train, as ``derive`` gives it once more, ``head`` the name of its head, ``teacher`` the
     parent's network where it learns without forgetting. ``is_stopping`` tells, between batches, whether the driver was
-    told to stop. ``checkpoints`` is where its training is kept every ``checkpoint_every_s``; None: nowhere.
+    told to stop, and ``tell`` is called now and then with how far it is. ``checkpoints`` is where its training is kept
+    every ``checkpoint_every_s``; None: nowhere.
     """
 
     task: TaskId
@@ -120,6 +132,7 @@ class ExpertJob:
     method: MethodConfig
     device: torch.device
     is_stopping: Callable[[], bool] = bool
+    tell: Callable[[Epoch], None] = lambda _: None
     checkpoints: CheckpointSlot | None = None
     checkpoint_every_s: float = 60.0
 
@@ -294,13 +307,13 @@ class Raised:
     cause: Cause = Cause.RAISED
 
 
-State: TypeAlias = Literal["started", "finished", "failed", "kept"]
+State: TypeAlias = Literal["started", "training", "finished", "failed", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Something that a person who waits wants to know; "kept": an earlier driver left the stage's result.
-    ``num_checkpoints`` were written by the attempt that finished."""
+    """Something that a person who waits wants to know; "training": an expert has come as far as ``epoch``; "kept": an
+    earlier driver left the stage's result. ``num_checkpoints`` were written by the attempt that finished."""
 
     task: TaskId
     label: int
@@ -311,6 +324,7 @@ class Progress:
     parent: TaskId | None = None
     """Once RELATE is there: the task that the expert starts from, None for the root."""
     num_checkpoints: int = 0
+    epoch: Epoch | None = None
 
 
 @dataclass(frozen=True, slots=True)

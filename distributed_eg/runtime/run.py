@@ -57,7 +57,7 @@ class Run:
         engine: where requests run; started.
         root: the network that ``setup`` ships, without its parameters.
         setup: what its workers are made from.
-        observer: told of every stage that starts or ends.
+        observer: told of every stage that starts or ends, and of epochs of experts.
         is_new: whether the storage held no run before.
     """
 
@@ -111,7 +111,7 @@ class Run:
             root: stored once, and shipped to every worker.
             settings: what else makes a run what it is, as JSON values; None: it is opened for what it holds.
             device: where workers compute; None: the GPU that each was given, else the CPU.
-            observer: told of every stage that starts or ends.
+            observer: told of every stage that starts or ends, and of epochs of experts.
 
         Raises:
             StorageError: the storage cannot be written, or holds a run that is not to be resumed, or none or a damaged

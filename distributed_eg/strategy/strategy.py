@@ -129,7 +129,7 @@ class ExpertGateStrategy(RunHolder):
                 expert, "new_expert" starts that version as a new task would, "error" refuses it.
             reference: a dataset, or a file of ``save_reference``, for the standardization statistics; it also makes
                 the pretrained root a candidate parent. None: the first task's features give the statistics.
-            observer: called on this process with every stage that starts or ends.
+            observer: called on this process with every stage that starts or ends, and with epochs of experts.
             class_names: by class id, kept with each task for ``predict``; None: as the datasets say, such as
                 torchvision's (``classes``).
             transform: what images go through before the network, kept with each task for ``predict``: torchvision's

@@ -11,7 +11,7 @@ from rich.console import Console
 from distributed_eg.cli import display
 from distributed_eg.cli.display import Display
 from distributed_eg.cli.watch import Watch
-from distributed_eg.runtime.messages import Progress, State
+from distributed_eg.runtime.messages import Epoch, Progress, State
 from distributed_eg.schedule.events import Stage
 
 NAMES = {0: "cats", 7: "dogs [old]", 9: "cars"}
@@ -75,12 +75,26 @@ def test_what_runs_is_shown_with_its_worker_its_parent_and_the_seconds_so_far() 
     clock.now += 12
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text_of(watch).splitlines() if "│" in line]
     assert rows == [
-        ["0 cats", "done", "worker-1", "root", "1.2"],
-        ["1 dogs [old]", "expert …", "worker-5", "task 0", "12"],
-        ["2 cars", "autoencoder …", "worker-1", "", "12"],
+        ["0 cats", "done", "", "worker-1", "root", "1.2"],
+        ["1 dogs [old]", "expert …", "", "worker-5", "task 0", "12"],
+        ["2 cars", "autoencoder …", "", "worker-1", "", "12"],
     ]
     assert "0 cats" not in text_of(watch, rows=2), "what is at work comes first"
     assert "1 dogs" in text_of(watch, rows=2)
+
+
+def test_an_expert_is_shown_with_its_epoch_and_its_loss() -> None:
+    clock = Clock()
+    watch = Watch(NAMES, clock)
+    watch.take(told(0, Stage.EXPERT, "started", parent=None))
+    clock.now += 5
+    assert watch.take(told(0, Stage.EXPERT, "training", parent=None, epoch=Epoch(0, 2, 3, 0.41234))) is None
+    clock.now += 5
+    (row,) = [line for line in text_of(watch).splitlines() if "0 cats" in line]
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["0 cats", "expert, epoch 2 of 3 …", "0.412", "worker-1", "root", "10"]
+    watch.take(told(0, Stage.EXPERT, "finished", parent=None))
+    assert "epoch" not in text_of(watch)
 
 
 def test_a_retried_stage_is_at_work_again() -> None:

@@ -135,7 +135,7 @@ class Run:
             assert next(plot, "the end") == "the end", "the training ended before the story"
             workers = self.workers()
             outcome = helpers.outcome(self.strategy, self.strategy.eval(benchmark.test_stream))
-        seen = [(p.state, p.task, p.stage.value, p.worker) for p in self.progress]
+        seen = [(p.state, p.task, p.stage.value, p.worker) for p in self.progress if p.epoch is None]
         return {"outcome": outcome, "progress": seen, "workers": workers, "said": self.said}
 
     def workers(self) -> dict[str, str]:

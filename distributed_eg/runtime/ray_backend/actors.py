@@ -19,7 +19,7 @@ from distributed_eg.errors import ExpertGateError, InputError, RunInUseError, Wo
 from distributed_eg.masking import masked
 from distributed_eg.runtime import pickling
 from distributed_eg.runtime.coordinator import Coordinator
-from distributed_eg.runtime.messages import Request, WorkerSetup
+from distributed_eg.runtime.messages import Epoch, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
 from distributed_eg.runtime.worker.causes import cause_of
 from distributed_eg.runtime.worker.worker import TaskWorker, told_of
@@ -49,11 +49,12 @@ class TaskWorkerActor:
         # Avalanche's import says so in every process, and nothing here needs one.
         warnings.filterwarnings("ignore", message="no QP solver found")
         self._refusal: ExpertGateError | None = None
+        self._epoch: Epoch | None = None
         try:
             device, share = torch.device(_assigned_device(setup.device)), setup.cluster.gpus_per_worker
             if device.type != "cpu" and share is not None and share < 1:  # the rest of the card is its neighbours'
                 torch.cuda.set_per_process_memory_fraction(share, device)
-            self._worker, self._told = TaskWorker(setup, fetch, device), told_of(device)
+            self._worker, self._told = TaskWorker(setup, fetch, device, self._tell), told_of(device)
         except InputError as error:  # of what a constructor raises, Ray hands on the text only
             self._refusal = error
         except Exception as error:
@@ -75,7 +76,16 @@ class TaskWorkerActor:
 
     def run(self, request: Request) -> bytes:
         """Carry out a request; what comes of it, pickled, with all tensors on the CPU: the driver may have no GPU."""
+        self._epoch = None
         return pickling.dumps(self._worker.run(request), "What a stage gives")
+
+    def _tell(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+
+    @ray.method(concurrency_group=CONTROL)
+    def epoch(self) -> Epoch | None:
+        """How far the expert is that it trains."""
+        return self._epoch
 
     @ray.method(concurrency_group=CONTROL)
     def stop(self) -> None:
@@ -204,10 +214,15 @@ class RemoteCoordinator:
             raise WorkerLostError(f"The coordinator is gone, and {self._way_on}: {error}") from error
 
 
-def wait_until_gone(handles: list[Any], deadline_s: float) -> None:
-    """Wait until the processes of killed actors have ended, or the deadline passes."""
+def end_workers(ready: list[Any], others: list[Any], deadline_s: float) -> None:
+    """Ask ``ready`` workers to end what they do, wait for that and for their processes' end at most so long each; end
+    ``others``, which may not answer."""
+    if stopped := [handle.stop.remote() for handle in ready]:
+        ray.wait(stopped, num_returns=len(stopped), timeout=deadline_s)
+    for handle in [*ready, *others]:
+        ray.kill(handle)
     until = time.monotonic() + deadline_s
-    for handle in handles:
+    for handle in ready:
         try:
             while (left_s := until - time.monotonic()) > 0:
                 ray.get(handle.__ray_ready__.remote(), timeout=left_s)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import pickle
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +19,18 @@ from ray.exceptions import RayError
 from distributed_eg.config import ClusterConfig
 from distributed_eg.errors import InputError, ResourceError, WorkerLostError
 from distributed_eg.runtime.coordinator import CoordinatorApi
-from distributed_eg.runtime.engine import Ended, Report
+from distributed_eg.runtime.engine import Ended, Listener, Report
 from distributed_eg.runtime.messages import Raised, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.actors import (
     RemoteCoordinator,
+    end_workers,
     fetch,
     start_coordinator,
     start_worker,
-    wait_until_gone,
 )
 from distributed_eg.runtime.ray_backend.cluster import Node, nodes, refuse_infeasible
 from distributed_eg.runtime.ray_backend.errors import classify
+from distributed_eg.runtime.ray_backend.listening import Listening
 from distributed_eg.runtime.ray_backend.metrics import Metrics
 from distributed_eg.runtime.ray_backend.session import SESSION
 from distributed_eg.runtime.shipping import Shipper
@@ -88,6 +88,8 @@ class RayEngine:
         self.shipper = Shipper(self)
         self.observe = Metrics(run_id).observe
         self.coordinator: CoordinatorApi
+        self.listener: Listener | None = None
+        self._listening = Listening()
         self._at_rest = False
         self._setup: WorkerSetup | None = None
         self._num_tasks: int | None = None
@@ -164,15 +166,16 @@ class RayEngine:
         references.update({ref: worker for worker in self._pool.values() for ref in worker.calls})
         if not references:
             raise WorkerLostError(f"No worker is left, and none is coming up; {self._config.way_on}.")
-        done, _ = ray.wait(list(references), num_returns=1, timeout=_POLL_S)
-        more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
-        reports: deque[Report] = deque()
-        for reference in dict.fromkeys([*done, *more]):
+        ray.wait(list(references), num_returns=1, timeout=_POLL_S)
+        done, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
+        reports: list[Report] = []
+        for reference in done:
             worker = references[reference]
             if worker.name in self._starting:
                 reports.extend(self._started(worker))
             elif worker.name in self._pool:
                 reports.append(self._ended(worker, reference))
+        self._listening.hear([(w.name, w.handle) for w in self._pool.values() if w.calls], self.listener)
         reports.extend(self._end_overdue())
         if time.monotonic() - self._watched_at > _WATCH_EVERY_S:
             self._watched_at = time.monotonic()
@@ -211,6 +214,7 @@ class RayEngine:
                 self._stop([*self._pool.values(), *self._starting.values(), *self._misfits])
                 if self._coordinator is not None:
                     ray.kill(self._coordinator)
+            self._listening = Listening()
             self._pool.clear()
             self._starting.clear()
             self._misfits.clear()
@@ -227,12 +231,8 @@ class RayEngine:
 
     def _stop(self, workers: list[_Worker]) -> None:
         """Ask workers to end what they do, wait a moment, end them."""
-        stopped = [worker.handle.stop.remote() for worker in workers if worker.name in self._pool]
-        if stopped:
-            ray.wait(stopped, num_returns=len(stopped), timeout=_CLOSE_TIMEOUT_S)
-        for worker in workers:
-            ray.kill(worker.handle)
-        wait_until_gone([worker.handle for worker in workers if worker.name in self._pool], _CLOSE_TIMEOUT_S)
+        ready = [worker.handle for worker in workers if worker.name in self._pool]
+        end_workers(ready, [w.handle for w in workers if w.name not in self._pool], _CLOSE_TIMEOUT_S)
 
     def _grow(self, there: list[Node]) -> None:
         asked = self._config.num_workers

@@ -19,7 +19,7 @@ from distributed_eg.method.backbone import Backbone
 from distributed_eg.method.expert import blank
 from distributed_eg.method.gate import Expert, expert_of_root
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import GateAndExperts, TaskData, TaskInput, WorkerSetup
+from distributed_eg.runtime.messages import Epoch, GateAndExperts, TaskData, TaskInput, WorkerSetup
 from distributed_eg.runtime.shipping import Shipped
 from distributed_eg.runtime.worker.contract import require_shape
 from distributed_eg.runtime.worker.reading import Reader
@@ -38,12 +38,16 @@ class WorkerContext:
         setup: what the worker is made from.
         fetch: gives the bytes behind a leaf reference.
         device: where this process computes.
+        tell: called now and then while an expert is trained.
     """
 
-    def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
+    def __init__(
+        self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device, tell: Callable[[Epoch], None]
+    ) -> None:
         self.setup = setup
         self.fetch = fetch
         self.device = device
+        self.tell = tell
         self.storage = Storage(setup.storage_uri)
         self.root = setup.root.load(fetch).eval()
         """Without its parameters, which are read when they are needed."""

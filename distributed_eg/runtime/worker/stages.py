@@ -219,6 +219,7 @@ def _train_expert(
         method=context.setup.method,
         device=context.device,
         is_stopping=context.stopping.is_set,
+        tell=context.tell,
         checkpoints=CheckpointSlot(context.storage, arrived.task, _stage_key(context, request), kind),
         checkpoint_every_s=context.setup.cluster.checkpoint_every_s,
     )

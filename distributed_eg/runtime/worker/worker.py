@@ -14,7 +14,7 @@ import torch
 from distributed_eg.errors import ExpertGateError, told
 from distributed_eg.runtime import messages
 from distributed_eg.runtime.determinism import reproducible
-from distributed_eg.runtime.messages import Done, Raised, Request, Result, WorkerSetup
+from distributed_eg.runtime.messages import Done, Epoch, Raised, Request, Result, WorkerSetup
 from distributed_eg.runtime.worker import evaluation, stages
 from distributed_eg.runtime.worker.causes import cause_of, ends_process, is_ours
 from distributed_eg.runtime.worker.context import WorkerContext
@@ -44,11 +44,13 @@ def told_of(device: torch.device) -> str:
 
 
 class TaskWorker:
-    """Runs one request at a time, each under its own seed and the run's threads."""
+    """Runs one request at a time, each under its own seed and the run's threads; ``tell`` hears of epochs."""
 
-    def __init__(self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device) -> None:
+    def __init__(
+        self, setup: WorkerSetup, fetch: Callable[[Any], Any], device: torch.device, tell: Callable[[Epoch], None]
+    ) -> None:
         with reproducible(setup.method.seed, setup.cluster.threads, device):
-            self._context = WorkerContext(setup, fetch, device)
+            self._context = WorkerContext(setup, fetch, device, tell)
 
     def run(self, request: Request) -> Done | Raised:
         """Carry out a request; an exception becomes a value, for not every exception can cross a process border."""

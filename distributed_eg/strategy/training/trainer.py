@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distributed_eg.errors import DivergedError, HookError, InputError, StoppedError
 from distributed_eg.method.distill import Distillation
-from distributed_eg.runtime.messages import ExpertJob, TrainedExpert
+from distributed_eg.runtime.messages import Epoch, ExpertJob, TrainedExpert
 from distributed_eg.runtime.worker.causes import ends_process, is_ours, users_error
 from distributed_eg.strategy.avalanche_types import Plugin, Template
 from distributed_eg.strategy.tasks.worker_experience import WorkerExperience
@@ -128,6 +128,7 @@ class _ExpertRules(Plugin):
         self._count = 0
         self._classes = torch.tensor(job.classes, device=job.device)
         self._unread: list[_Batch] = []
+        self._num_epochs = 0
         self.num_steps = 0
         """Steps of an optimizer that holds parameters of the expert with a gradient. An ``optimizer_step`` or
         ``backward`` of the user's own counts as one: what it does is theirs to decide."""
@@ -173,7 +174,7 @@ class _ExpertRules(Plugin):
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > max(self._job.classes):
             is_tame = (outputs.detach().index_select(1, self._classes).abs() < _TAME).all()
         rates = tuple(float(group["lr"]) for group in strategy.optimizer.param_groups)
-        place = clock.train_epoch_iterations
+        place, self._num_epochs = clock.train_epoch_iterations, strategy.train_epochs
         self._unread.append(_Batch(loss, is_tame, clock.train_exp_epochs, place, rates))
         if len(self._unread) == _READ_TOGETHER:
             self.require_finite()
@@ -183,19 +184,23 @@ class _ExpertRules(Plugin):
         self.require_finite()
 
     def require_finite(self) -> None:
-        """Read the losses of the batches since the last reading.
+        """Read the losses of the batches since the last reading, and tell of them.
 
         Raises:
             DivergedError: one is not finite.
         """
         unread, self._unread = self._unread, []
-        for batch, loss in zip(unread, torch.stack([b.loss for b in unread]).tolist() if unread else (), strict=True):
+        if not unread:
+            return
+        losses = torch.stack([batch.loss for batch in unread]).tolist()
+        for batch, loss in zip(unread, losses, strict=True):
             if not math.isfinite(loss):
                 raise DivergedError(
                     f"The loss of task {self._job.task} (label {self._job.label}) is {loss} in epoch {batch.epoch}, "
                     f"batch {batch.place}, at learning rate "
                     f"{batch.rates[0] if len(batch.rates) == 1 else list(batch.rates)}; {self._advice(batch)}."
                 )
+        self._job.tell(Epoch(self._job.task, unread[-1].epoch + 1, self._num_epochs, sum(losses) / len(losses)))
 
     def _advice(self, batch: _Batch) -> str:
         """What to do about a loss that is not finite, by what it was made of."""

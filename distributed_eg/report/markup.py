@@ -42,7 +42,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], of: Sequence[
         + "</tr>"
         for row, task in zip(lines, of or [None] * len(lines), strict=True)
     ]
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def csv_link(file: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
@@ -69,7 +69,7 @@ def tree(tasks: Sequence[TaskFacts]) -> str:
     children: dict[TaskId | None, list[TaskFacts]] = {}
     for task in tasks:
         children.setdefault(task.parent, []).append(task)
-    parts = ['<div class="tree"><ul><li>pretrained root']
+    parts = ['<div class="tree" tabindex="0"><ul><li>pretrained root']
     open_lists = [iter(children.get(None, []))]
     parts.append("<ul>")
     while open_lists:

@@ -74,8 +74,8 @@ _POLICY = (  # nothing is fetched, nor sent anywhere
 )
 
 _SEARCH = (
-    '<div class="search"><div><input id="search" type="search" placeholder="Find tasks: number, label or class" '
-    'aria-label="Find tasks"><span id="found" class="faint" role="status"></span></div></div>'
+    '<search class="search"><div><input id="search" type="search" placeholder="Find tasks: number, label or class" '
+    'aria-label="Find tasks"><span id="found" class="faint" role="status"></span></div></search>'
 )
 
 Draw = Callable[[Figure], str]
@@ -206,7 +206,7 @@ def _about(run: RunFacts) -> str:
     return (
         "<h3>What it was made with</h3>"
         + markup.details("Settings", markup.table(["setting", "value"], lines))
-        + markup.details("Libraries and machine", markup.table(["", "version or kind"], around))
+        + markup.details("Libraries and machine", markup.table(["what", "version or kind"], around))
         + markup.details("Hashes of weights (SHA-256)", markup.table(headings, hashes, run.tasks))
     )
 

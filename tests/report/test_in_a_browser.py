@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(IS_MISSING, reason="needs Debian's chromium and chromium-driver"),
     pytest.mark.filterwarnings("ignore"),
 ]
+AXE = "axe-core@4.14.1"
 DRAWN = "return [...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.main-svg').length > 0)"
 BACK = "return document.querySelector('.plot .main-svg').style.background"
 
@@ -33,6 +37,34 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = [read_run(str(make_run(folder / str(n), n, name="things {}").uri)) for n in (8, 50)]
     (folder / "page.html").write_text(page_of(runs, plotly_js()), encoding="utf-8")
     return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The source of axe-core, as npm gives it."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "pack", "--silent", "--fetch-retries=0", AXE]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode:
+        pytest.skip(f"npm gives no {AXE}: {done.stderr.strip()[-200:]}")
+    with tarfile.open(folder / done.stdout.strip()) as archive:
+        file = archive.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1100, 390])
+def test_axe_finds_nothing(browser: Browser, page: Path, axe: str, width: int, scheme: str) -> None:
+    browser.show(page, width=width, scheme=scheme)
+    browser.wait_for(DRAWN, all)
+    browser.run("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    browser.run(axe + "; window.found = null; axe.run().then(result => { window.found = result.violations })")
+    browser.wait_for("return window.found !== null", bool, 120)
+    told = "return window.found.map(v => [v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))])"
+    assert browser.run(told) == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (390, "dark")])

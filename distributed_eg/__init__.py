@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distributed_eg.benchmarks import make_benchmark as make_benchmark
+    from distributed_eg.cli.display import Display as Display
     from distributed_eg.config import ClusterConfig as ClusterConfig
     from distributed_eg.strategy.metrics import gate_metrics as gate_metrics
     from distributed_eg.strategy.model import ExpertGate as ExpertGate
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ClusterConfig": "distributed_eg.config",
+    "Display": "distributed_eg.cli.display",
     "ExpertGate": "distributed_eg.strategy.model",
     "ExpertGateStrategy": "distributed_eg.strategy.strategy",
     "Prediction": "distributed_eg.strategy.predictions",
@@ -25,7 +27,15 @@ _HOMES = {
     "make_benchmark": "distributed_eg.benchmarks",
 }
 
-__all__ = ["ClusterConfig", "ExpertGate", "ExpertGateStrategy", "Prediction", "gate_metrics", "make_benchmark"]
+__all__ = [
+    "ClusterConfig",
+    "Display",
+    "ExpertGate",
+    "ExpertGateStrategy",
+    "Prediction",
+    "gate_metrics",
+    "make_benchmark",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from distributed_eg.benchmarks.catalog import BenchmarkLine
 from distributed_eg.cli.outcome import RunOutcome, TaskLine, TaskOutcome
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 160
 """Columns of what no terminal shows, and so nothing limits."""
+_DRAWN_A_SECOND = 4
 _ROWS_AROUND = 8
 """Of a terminal, beside the rows of tasks: the table's frame and heading, the bar, what stands above."""
 
@@ -40,29 +44,41 @@ class _Console(Console):
 
 
 class Display:
-    """Draws on a terminal or in a notebook; elsewhere prints one line for each expert that is there, and for each
-    stage that fails. ``quiet`` says nothing at all."""
+    """Draws on a terminal and in a notebook; elsewhere prints one line for each expert that is
+    there, and for each stage that fails. ``quiet`` says nothing at all. At a prompt of your own::
 
-    def __init__(self, *, to_stderr: bool, quiet: bool = False) -> None:
+        display = Display()
+        strategy = ExpertGateStrategy(…, observer=display.progress)
+        with display.training({0: "cats", 1: "dogs"}):
+            strategy.train(stream)
+    """
+
+    def __init__(self, *, to_stderr: bool = False, quiet: bool = False) -> None:
         self._console = _Console(stderr=to_stderr, soft_wrap=True, quiet=quiet)
-        self._is_live = self._console.is_terminal or self._console.is_jupyter
-        if not self._is_live:
+        if not self._console.is_terminal:
             self._console.width = _WIDTH
         self._watch = Watch({})
+        self._cell: Callable[[], None] | None = None
+        """Draws in a notebook's cell, where one is trained in."""
+        self._drawn_s = 0.0
 
     @contextmanager
     def training(self, names: Mapping[int, str]) -> Iterator[None]:
         """Show the progress of tasks, with their names by label."""
         self._watch = Watch(names)
         self._console.print(f"Training {len(names)} task{'s' * (len(names) != 1)} …", highlight=False)
-        if not self._is_live:
+        rows = max(1, self._console.height - _ROWS_AROUND)
+        if self._console.is_jupyter:
+            with self._drawn_in_cell(rows):
+                yield
+            return
+        if not self._console.is_terminal:
             yield
             return
-        rows = max(1, self._console.height - _ROWS_AROUND)
         with Live(
             get_renderable=lambda: self._watch.drawn(rows),
             console=self._console,
-            refresh_per_second=4,
+            refresh_per_second=_DRAWN_A_SECOND,
             transient=True,
             # One that goes to a file stays there.
             redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
@@ -75,6 +91,23 @@ class Display:
         if line is not None:
             # Escaped, and not printed without markup, which the live table would be, too.
             self._console.print(escape(line), highlight=False)
+        if self._cell is not None and time.monotonic() - self._drawn_s > 1 / _DRAWN_A_SECOND:
+            self._cell()
+            self._drawn_s = time.monotonic()
+
+    @contextmanager
+    def _drawn_in_cell(self, rows: int) -> Iterator[None]:
+        """The table in a cell of a notebook. Rich's own needs widgets, into which lines are lost that are printed while
+        its thread draws."""
+        from IPython.display import display
+
+        cell = display(Padding(self._watch.drawn(rows), 0), display_id=True)
+        self._cell = lambda: cell.update(Padding(self._watch.drawn(rows), 0))
+        try:
+            yield
+        finally:
+            self._cell = None
+            cell.update(Text())
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -42,7 +42,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], of: Sequence[
         + "</tr>"
         for row, task in zip(lines, of or [None] * len(lines), strict=True)
     ]
-    return f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="wide" tabindex="0"><table>{inside}</table></div>'
 
 
 def csv_link(file: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:

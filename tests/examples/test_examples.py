@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 import distributed_eg
 
@@ -46,17 +48,49 @@ def test_a_long_sequence(mnist_root: Path) -> None:
     assert [line.split()[0] for line in lines[1:]] == ["Gate_Acc_Stream", "Expert_Acc_Stream", "EndToEnd_Acc_Stream"]
 
 
-def test_the_notebook() -> None:
-    """Cell after cell, as a kernel would run them; the last value of each can be shown."""
-    cells = json.loads((EXAMPLES / "at_a_prompt.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    names: dict[str, object] = {}
-    for cell in code:
-        *before, last = ast.parse(cell).body
-        exec(compile(ast.Module(before, []), "at_a_prompt.ipynb", "exec"), names)
-        if isinstance(last, ast.Expr):
-            assert repr(eval(compile(ast.Expression(last.value), "at_a_prompt.ipynb", "eval"), names))
-        else:
-            exec(compile(ast.Module([last], []), "at_a_prompt.ipynb", "exec"), names)
-    assert len(names["routing"].tasks) == 4  # type: ignore[attr-defined]
-    assert all(cell.get("outputs") == [] for cell in cells if cell["cell_type"] == "code"), "stored without outputs"
+class Client(NotebookClient):  # type: ignore[misc]  # nbclient's traits have no types
+    """Keeps what cells drew over what they had shown."""
+
+    drawn: list[str]
+
+    def process_message(self, msg: dict[str, Any], cell: nbformat.NotebookNode, cell_index: int) -> Any:
+        if msg["msg_type"] == "update_display_data":
+            self.drawn.append(msg["content"]["data"]["text/plain"])
+        return super().process_message(msg, cell, cell_index)
+
+
+@pytest.fixture(scope="module")
+def executed() -> nbformat.NotebookNode:
+    """The notebook after a kernel has run it from its first cell to its last, and what was drawn as it ran."""
+    notebook = nbformat.read(EXAMPLES / "at_a_prompt.ipynb", as_version=4)
+    assert [cell.outputs for cell in notebook.cells if cell.cell_type == "code"] == [[]] * 7, "stored without outputs"
+    client = Client(notebook, timeout=280, kernel_name="python3")
+    client.drawn = notebook.metadata["drawn"] = []
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return notebook
+
+
+def test_each_cell_of_the_notebook_shows_what_it_is_to(executed: nbformat.NotebookNode) -> None:
+    results = [
+        output.data["text/plain"]
+        for cell in executed.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "execute_result"
+    ]
+    names, parents, related, routing, predictions = results
+    assert "cat-flower-rocket" in names
+    assert parents.count("'task'") == 3
+    assert related.count("'candidate'") == 3  # of three tasks: 0 + 1 + 2
+    assert routing.startswith("(tensor([")
+    assert predictions.count("Prediction(") == 4
+
+
+def test_in_a_notebook_progress_is_drawn_and_lines_stay(executed: nbformat.NotebookNode) -> None:
+    (training,) = [cell for cell in executed.cells if "strategy.train" in cell.source]
+    *drawn, last = executed.metadata["drawn"]
+    assert any("epoch 1 of 1 …" in table for table in drawn)
+    assert last.strip() == "", "the table goes at the end"
+    said = "".join(output.get("data", {}).get("text/plain", "") for output in training.outputs)
+    assert "Training 3 tasks" in said
+    assert said.count(": expert from ") == 3

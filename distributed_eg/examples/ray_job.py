@@ -18,8 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("storage", help="run directory that every node sees")
     parser.add_argument("--train-per-task", type=int, default=240)
+    parser.add_argument("--test-per-task", type=int, default=120)
     options = parser.parse_args()
-    benchmark = make_benchmark("embedded", train_per_task=options.train_per_task)
+    benchmark = make_benchmark("embedded", train_per_task=options.train_per_task, test_per_task=options.test_per_task)
     model = ExpertGate(benchmark.shape, arch="efficientnet_lite0", autoencoder="linear", gate_score="shared")
     with ExpertGateStrategy(
         model=model,

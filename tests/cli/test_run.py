@@ -155,6 +155,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.long  # as cluster/test_slurm.py and faults/test_signals.py together
 def test_stopped_in_mid_training_it_ends_in_three_seconds_and_the_same_command_goes_on(
     small_run: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -35,11 +35,12 @@ def test_all_are_tried_here() -> None:
 
 @pytest.mark.ray
 def test_a_ray_job_and_the_same_job_again(tmp_path: Path) -> None:
-    first = run("ray_job", str(tmp_path / "run"), "--train-per-task", "24")
+    small = ("--train-per-task", "24", "--test-per-task", "12")
+    first = run("ray_job", str(tmp_path / "run"), *small)
     assert len(first) == 9
     assert json.loads(first[0])["transfer"] == "fresh"
     assert json.loads(first[-1]).keys() >= {"Gate_Acc_Stream", "Expert_Acc_Stream", "EndToEnd_Acc_Stream"}
-    again = run("ray_job", str(tmp_path / "run"), "--train-per-task", "24")
+    again = run("ray_job", str(tmp_path / "run"), *small)
     assert again == first
 
 

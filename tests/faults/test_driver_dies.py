@@ -23,7 +23,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(storage)
 
 
-@pytest.mark.parametrize("when", ["before", "inside", "after"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("when", [pytest.param("before", marks=LONG), "inside", pytest.param("after", marks=LONG)])
 def test_killed_at_every_seal_and_resumed(tmp_path: Path, chaos: Chaos, whole: dict[str, bytes], when: str) -> None:
     """The driver is killed at the first thing that it seals; the next one at its second; and so on, over one run
     directory, until one comes to the end. What one sealed is never made again in another way."""
@@ -46,7 +49,7 @@ def test_killed_at_every_seal_and_resumed(tmp_path: Path, chaos: Chaos, whole: d
     assert not list(storage.rglob(f"*{TEMPORARY}*"))
 
 
-@pytest.mark.parametrize("when", ["inside", "after"])
+@pytest.mark.parametrize("when", ["inside", pytest.param("after", marks=LONG)])
 def test_killed_in_an_append_a_retire_an_update(tmp_path: Path, chaos: Chaos, when: str) -> None:
     """As above, with each call of a run's life; each process knows of the run what its directory holds."""
     begun(tmp_path / "whole")

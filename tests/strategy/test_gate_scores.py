@@ -64,7 +64,7 @@ def test_it_routes_by_the_shared_score(finished: tuple[Path, str, Routing]) -> N
         assert not list(Path(strategy.run_dir or "").rglob("summary-*"))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_workers_leave_the_same_bytes_and_route_alike(finished: Any, tmp_path: Path, num_workers: int) -> None:
     storage, kind, routing = finished
     with strategy_over(tmp_path / "run", kind, engine="ray", num_workers=num_workers) as strategy:

@@ -52,6 +52,10 @@ class Benchmark:
         return len(self.class_names)
 
 
+_HIGHEST_ID = 2**31 - 1
+"""Of labels and class ids."""
+
+
 def part_of(benchmark: Benchmark, tasks: Sequence[int] | None, first_label: int, first_class: int) -> Benchmark:
     """The tasks at these positions, None: all, with labels and class ids that start higher: what follows another
     benchmark in one run.
@@ -65,6 +69,8 @@ def part_of(benchmark: Benchmark, tasks: Sequence[int] | None, first_label: int,
         raise InputError(f"tasks is {chosen}; {benchmark.name} has the tasks 0 to {all_tasks[-1]}, each once.")
     first_label = given.whole(first_label, "first_label")
     first_class = given.whole(first_class, "first_class", least=0)
+    if max(abs(first_label), first_class) > _HIGHEST_ID:
+        raise InputError(f"first_label is {first_label}, first_class {first_class}; {_HIGHEST_ID} is the highest.")
     if (chosen, first_label, first_class) == (list(all_tasks), 0, 0):
         return benchmark
     labels = [benchmark.labels[task] + first_label for task in chosen]

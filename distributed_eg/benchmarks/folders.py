@@ -13,11 +13,13 @@ from torch.utils.data import Dataset
 
 from distributed_eg.benchmarks.image_set import ImagePart, ImageSet, split_off_test
 from distributed_eg.errors import InputError, told
+from distributed_eg.method.image_transform import is_deep
 
 logger = logging.getLogger(__name__)
 
 _TEST_FOLDERS = ("test", "val")
 """The first that is there holds the test images: some datasets are published without the other."""
+_LIKE_PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
@@ -66,6 +68,7 @@ def folder_sets(path: str, seed: int) -> list[ImageSet]:
             taken as an image. Each names the folder or the file.
     """
     root = Path(os.path.abspath(path))
+    _refuse_misnamed_parts(root)
     if _is_dataset(root):
         return [_dataset(root, seed)]
     folders = _folders(root)
@@ -77,12 +80,33 @@ def folder_sets(path: str, seed: int) -> list[ImageSet]:
     return [_dataset(folder, seed) for folder in folders]
 
 
+def _is_misnamed_part(folder: Path) -> bool:
+    """Whether it holds class folders, and is called as a part of a dataset, but not as a part that is read."""
+    beside = {other.name for other in _folders(folder.parent)}
+    read = {"train", *_TEST_FOLDERS} if "train" in beside else set()
+    return folder.name.lower() in _LIKE_PARTS and folder.name not in read and _is_dataset(folder)
+
+
 def _is_dataset(folder: Path) -> bool:
     folders = _folders(folder)
     return (folder / "train").is_dir() or any(_images(inner)[0] for inner in folders)
 
 
+def _refuse_misnamed_parts(folder: Path) -> None:
+    """No part of a dataset is taken for a dataset of its own, or overlooked, for what it is called.
+
+    Raises:
+        InputError: one would be.
+    """
+    if parts := [f"{inner.name}/" for inner in _folders(folder) if _is_misnamed_part(inner)]:
+        raise InputError(
+            f"{folder} has {', '.join(parts)}, a part of a dataset by its name, and it would not be read as one: call "
+            "the parts train/ and test/ (or val/); test/ needs train/ beside it."
+        )
+
+
 def _dataset(folder: Path, seed: int) -> ImageSet:
+    _refuse_misnamed_parts(folder)
     train = folder / "train"
     if not train.is_dir():
         return _shared_out(folder, folder, seed)
@@ -112,7 +136,7 @@ def _part(folder: Path) -> tuple[ImagePart, tuple[str, ...]]:
         raise InputError(f"{folder} has no folder of images for each class.")
     files: list[str] = []
     targets: list[int] = []
-    num_others = 0
+    num_others = len(_entries(folder)) - len(classes)
     for number, inner in enumerate(classes):
         images, others = _images(inner)
         if not images:
@@ -123,7 +147,11 @@ def _part(folder: Path) -> tuple[ImagePart, tuple[str, ...]]:
         targets += [number] * len(images)
         num_others += others
     if num_others:
-        logger.warning("%d entries of folders in %s are no images by their names, and left out.", num_others, folder)
+        logger.warning(
+            "%d entries of %s and of the folders in it are no images of a class by their names, and left out.",
+            num_others,
+            folder,
+        )
     if len(classes) == 1:
         raise InputError(
             f"{folder} has one class only ({classes[0].name!r}): an expert has nothing to tell apart there."
@@ -132,23 +160,35 @@ def _part(folder: Path) -> tuple[ImagePart, tuple[str, ...]]:
     return ImagePart.all_of(ImageFiles(str(folder), files, targets, names), np.asarray(targets)), names
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Sub-folders by name, but for hidden ones."""
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, by name, but for what is hidden.
+
+    Raises:
+        InputError: it cannot be read, or holds a link to what is not there.
+    """
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
+    for path in entries:
+        if not path.exists():
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, which is not there: restore it, or remove the link."
+            )
+    return entries
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Sub-folders by name, but for hidden ones."""
+    return [path for path in _entries(folder) if path.is_dir()]
 
 
 def _images(folder: Path) -> tuple[list[Path], int]:
     """The image files in a folder, by name, and how many entries are none by their names; hidden ones do not count."""
     Image.init()
     suffixes = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    try:
-        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
-    images = sorted(path for path in entries if path.suffix.lower() in suffixes and path.is_file())
+    entries = _entries(folder)
+    images = [path for path in entries if path.suffix.lower() in suffixes and path.is_file()]
     return images, len(entries) - len(images)
 
 
@@ -162,11 +202,11 @@ def image_size(file: Path) -> tuple[int, int]:
         if not file.stat().st_size:
             raise InputError(f"{file} is empty (0 bytes): repair it, or move it away.")
         with Image.open(file) as image:
-            mode, size = image.mode, image.size
+            mode, size, too_deep = image.mode, image.size, is_deep(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} cannot be taken as an image ({told(error)}): repair it, or move it away.") from error
-    if mode.startswith(("I", "F")):
+    if too_deep:
         raise InputError(f"{file} has pixels deeper than a byte (mode {mode}): convert it to RGB or grey first.")
     return size

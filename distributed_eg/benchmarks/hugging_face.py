@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from distributed_eg.benchmarks.image_set import ImagePart, ImageSet, split_off_test
 from distributed_eg.errors import InputError, told
+from distributed_eg.method.image_transform import is_deep
 
 _TEST_PARTS = ("test", "validation")
 """The first that is there holds the test images."""
@@ -41,7 +42,7 @@ class TableImages(Dataset[tuple[Image.Image, int]]):
             image = row[self.image]
             if not isinstance(image, Image.Image):
                 raise InputError(f"{where} has no image in its column {self.image!r}.")
-            if image.mode.startswith(("I", "F")):
+            if is_deep(image):
                 raise InputError(f"{where} has pixels deeper than a byte (mode {image.mode}): convert it first.")
             return image.convert("RGB"), int(row[self.label])
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:

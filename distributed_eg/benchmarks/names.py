@@ -21,7 +21,7 @@ CHANGES: Mapping[ChangeKind, tuple[int, str]] = {
     "pairs": (24, "every two classes of NAME, turned by 24 angles: 1,080 tasks of ten classes"),
 }
 """Prefixes: how often each is done where no number is given (as in rotated-36:NAME), and what it makes."""
-_CHANGED = re.compile(rf"({'|'.join(CHANGES)})(?:-(\d+))?:(.*)", re.DOTALL)
+_CHANGED = re.compile(rf"({'|'.join(CHANGES)})(?:-(\d{{1,9}}))?:(.*)", re.DOTALL)
 _BY_PATH = ("folder", "hf")
 _CHANGE = rf"(?:{'|'.join(CHANGES)})(?:-\d+)?:"
 _PATH = re.compile(rf"(?:{_CHANGE})?(?:{'|'.join(_BY_PATH)}):")

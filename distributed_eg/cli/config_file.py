@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from distributed_eg import given
-from distributed_eg.errors import InputError
+from distributed_eg.errors import InputError, told
 from distributed_eg.masking import masked
 
 Options = TypeVar("Options", bound=Any)
@@ -65,8 +65,14 @@ def _read(path: Path) -> list[tuple[object, object]]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML's, with 1e-3 for a number, which its version 1.1 takes for text."""
+        """YAML's, but for what its version 1.1 takes 1e-3 for (text), 010 (8), 1:30 (90), and 2026-01-01 (a day)."""
 
+        yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # a class variable there, too
+            first: [(tag, fits) for tag, fits in resolvers if tag.rpartition(":")[2] not in ("int", "timestamp")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
     try:
         with path.open("rb") as file:
@@ -81,8 +87,8 @@ def _read(path: Path) -> list[tuple[object, object]]:
             ]
     except OSError as error:
         raise InputError(f"The file of --config cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:  # of values under a tag: Python's own
+        raise InputError(f"{path} is no YAML: {' '.join(told(error).split())}.") from error
 
 
 def _as_type(value: object, hint: Any, what: str) -> object:
@@ -90,7 +96,9 @@ def _as_type(value: object, hint: Any, what: str) -> object:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except TypeError as error:  # what only a tag makes, such as bytes
+        raise InputError(f"{what} is {given.shown(value)}; it must be written without a tag.") from error
     except ValidationError as error:
         wanted = dict.fromkeys(_wanted(found) for found in error.errors())
         raise InputError(f"{what} is {given.shown(value)}; it must be {' or '.join(wanted)}.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from distributed_eg.errors import InputError
 
 if TYPE_CHECKING:
     from distributed_eg.benchmarks.benchmark import Benchmark
+    from distributed_eg.store.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +55,9 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes, tyro.con
             raise InputError(
                 f"The run takes images of shape {strategy.model.shape}, {benchmark.name} has {benchmark.shape}."
             )
-        known = {manifest.label for manifest in Registry.read(Storage(options.run)).newest.values()}
-        if missing := sorted(set(benchmark.labels) - known):
-            raise InputError(
-                f"The run has no tasks with the labels {missing}: give those that it has (--tasks, --first-label, "
-                "--first-class); `distributed-eg tasks` lists them."
-            )
+        _require_known(benchmark, Registry.read(Storage(options.run)))
+        if folder is not None:
+            _make(folder)
         started = time.perf_counter()
         with display.evaluating():
             metrics = strategy.eval(benchmark.scenario.streams["test"])
@@ -68,6 +67,40 @@ def evaluate(options: Annotated[EvalOptions, tyro.conf.OmitArgPrefixes, tyro.con
         display.say(f"{_save_images(benchmark, folder)} test images are in {folder}.")
     if options.json:
         print(json.dumps(asdict(outcome)))
+
+
+def _require_known(benchmark: Benchmark, registry: Registry) -> None:
+    """Every task of the sequence is one of the run's, with the same classes under the same ids.
+
+    Raises:
+        InputError: it is not.
+    """
+    known = {m.label: registry.arrivals[m.task].names for m in registry.newest.values()}
+    if missing := sorted(set(benchmark.labels) - known.keys()):
+        raise InputError(
+            f"The run has no tasks with the labels {missing}: give those that it has (--tasks, --first-label, "
+            "--first-class); `distributed-eg tasks` lists them."
+        )
+    for label, experience in zip(benchmark.labels, benchmark.scenario.streams["test"], strict=True):
+        names = known[label]
+        here = {int(c): benchmark.class_names[int(c)] for c in experience.dataset.targets.uniques}
+        if any(c not in names or (None not in (name, names[c]) and name != names[c]) for c, name in here.items()):
+            raise InputError(
+                f"The task with the label {label} has the classes {_told(names)} in the run, and {_told(here)} in "
+                f"{benchmark.name}: give what the run was trained on (--benchmark, --classes-per-task, --order-seed, "
+                "--first-class)."
+            )
+
+
+def _told(names: Mapping[int, str | None]) -> str:
+    return ", ".join(f"{c} {name or ''}".rstrip() for c, name in sorted(names.items()))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--save-images: the folder {folder} cannot be made: {error.strerror}.") from error
 
 
 def _save_images(benchmark: Benchmark, folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from distributed_eg.errors import InputError
+from distributed_eg.cli.options import require_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,11 @@ class GcOptions:
 
 def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Remove the files of a run directory that no record names."""
-    from distributed_eg.store import layout, verification
+    from distributed_eg.store import verification
     from distributed_eg.store.storage import Storage
 
-    storage = Storage(options.run)
-    if not storage.exists(layout.RUN):
-        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
-    sizes = verification.collect(storage, dry_run=options.dry_run)
+    require_run(options.run)
+    sizes = verification.collect(Storage(options.run), dry_run=options.dry_run)
     out = sys.stderr if options.json else sys.stdout
     for path, size in sizes.items():
         print(f"{path}: {size:,} bytes", file=out)

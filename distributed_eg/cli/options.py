@@ -129,6 +129,20 @@ class WorkerOptions:
         )
 
 
+def require_run(run: str) -> None:
+    """Refuse a place without a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    from distributed_eg.store import layout
+    from distributed_eg.store.storage import Storage
+
+    storage = Storage(run)
+    if not storage.exists(layout.RUN):
+        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
+
+
 def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
     """A strategy that asks the run at this place, as it was made.
 
@@ -142,6 +156,7 @@ def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
     from distributed_eg.strategy.model import ExpertGate
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
+    require_run(run)
     model = ExpertGate.load(run)
     record = Storage(run).read_record(layout.RUN)
     method = dict(record["method"])

@@ -80,6 +80,9 @@ def benchmark_of(scenario: Any, name: str) -> Benchmark:
         )
     datasets = {stream: [experience.dataset for experience in experiences] for stream, experiences in streams.items()}
     classes = [sorted({int(c) for c in dataset.targets.uniques}) for dataset in datasets["train"]]
+    for label, trained, dataset in zip(labels, classes, datasets["test"], strict=True):
+        if unknown := sorted({int(c) for c in dataset.targets.uniques} - set(trained)):
+            raise InputError(f"{name}: task {label} has the classes {unknown} to test that it has none of to train.")
     of_all = {int(c) for of_stream in datasets.values() for dataset in of_stream for c in dataset.targets.uniques}
     if [read(experience, "task_label") for of_stream in streams.values() for experience in of_stream] != labels * 2:
         scenario = _labelled(datasets, labels)

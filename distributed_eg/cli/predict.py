@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import tyro
 
 from distributed_eg import given
-from distributed_eg.cli.options import WorkerOptions, folder_name, open_run, optional
+from distributed_eg.cli.options import WorkerOptions, folder_name, open_run, optional, require_run
 from distributed_eg.config import Engine
 from distributed_eg.errors import InputError
 
@@ -62,6 +63,7 @@ def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes, tyro.c
     from distributed_eg.strategy.predictions import Prediction
 
     given.whole(options.batch_size, "--batch-size", least=1)
+    _check_preprocessing(options)
     if options.json and options.csv:
         raise InputError("--json and --csv exclude each other: leave one of them out.")
     files, others = _files_in(options.images)
@@ -98,6 +100,18 @@ def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes, tyro.c
         sys.exit(1)
 
 
+def _check_preprocessing(options: PredictOptions) -> None:
+    """Refuse means and deviations that nothing reads, or that cannot be used."""
+    for name, values, default in (
+        ("--mean", options.mean, PredictOptions.mean),
+        ("--std", options.std, PredictOptions.std),
+    ):
+        if values != default and options.resize is None:
+            raise InputError(f"{name} is read with --resize only: give that, too, or leave it out.")
+        if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "--std" and min(values) <= 0):
+            raise InputError(f"{name} is {values}; it must be three finite numbers, deviations above 0.")
+
+
 def _files_in(images: Sequence[str]) -> tuple[list[str], int]:
     """The image files that were named, and how many others folders hold.
 
@@ -112,8 +126,11 @@ def _files_in(images: Sequence[str]) -> tuple[list[str], int]:
         if not os.path.isdir(name):
             files.append(name)  # what it is, is seen when it is opened
             continue
-        for path in sorted(path for path in Path(name).rglob("*") if path.is_file()):
-            if path.suffix.lower() in Image.EXTENSION:
+        below = Path(name)
+        for path in sorted(path for path in below.rglob("*") if not path.is_dir()):
+            if any(part.startswith(".") for part in path.relative_to(below).parts):
+                continue
+            if Image.EXTENSION.get(path.suffix.lower()) in Image.OPEN:
                 files.append(str(path))
             else:
                 others += 1
@@ -141,6 +158,7 @@ def _opened(options: PredictOptions, stack: ExitStack) -> tuple[Answer, int, Map
     steps = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     transform = None if options.resize is None else [transforms.Resize(options.resize), *steps]
     size = options.batch_size
+    require_run(options.run)
     if options.engine == "ray":
         strategy = stack.enter_context(open_run(options.run, options))
         model = strategy.model

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
+from distributed_eg.cli.options import require_run
 from distributed_eg.cli.outcome import TaskLine
-from distributed_eg.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes, tyro.conf.
     from distributed_eg.store.registry import Registry
     from distributed_eg.store.storage import Storage
 
+    require_run(options.run)
     storage = Storage(options.run)
-    if not storage.exists(layout.RUN):
-        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
+    storage.read_record(layout.RUN)  # says where it is damaged, or none of ours
     registry = Registry.read(storage)
     first = {version: task for task, manifest in registry.newest.items() for version in manifest.versions}
     lines = [

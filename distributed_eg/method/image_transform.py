@@ -106,7 +106,7 @@ class ImageReader:
         raise InputError(f"{os.fspath(path)} cannot be taken as an image: {reason}")
 
     def _converted(self, image: Image.Image) -> Image.Image:
-        if image.mode.startswith(("I", "F")):
+        if is_deep(image):
             raise InputError(f"its pixels are deeper than a byte (mode {image.mode}): convert it to {self._mode} first")
         try:
             return image.convert(self._mode)
@@ -139,6 +139,12 @@ def given_transform(value: object, shape: tuple[int, int, int]) -> ImageTransfor
         else:
             return transform
     raise InputError(f"transform does not give what the model takes; of a colour image: {problems[0]}.")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has pixels deeper than a byte; of colours that is seen before it is read only, for Pillow then
+    leaves the lower bits out."""
+    return image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", ""))
 
 
 def mode_of(image: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_a_task_for_each_sub_folder(root: Path, caplog: pytest.LogCaptureFixture
     (root / "birds" / "train" / "gull" / "more").mkdir()
     (root / ".cache").mkdir()
     benchmark = made(root)
-    assert f"2 entries of folders in {root}/birds/train are no images by their names, and left out." in caplog.messages
+    said = f"2 entries of {root}/birds/train and of the folders in it are no images of a class by their names"
+    assert any(message.startswith(said) for message in caplog.messages)
     assert benchmark.task_names == ("birds", "cars")
     assert benchmark.class_names == {0: "crow", 1: "gull", 2: "owl", 3: "audi", 4: "saab"}
     sizes = [[len(e.dataset) for e in stream] for stream in benchmark.scenario.streams.values()]
@@ -96,10 +98,22 @@ def huge(path: Path) -> None:
     path.write_bytes(head + zlib.crc32(head[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT" + b"\x35\xaf\x06\x1e")
 
 
+def deep_colours(path: Path) -> None:
+    """Two bytes a colour, which Pillow opens as RGB."""
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    parts = {b"IHDR": head, b"IDAT": zlib.compress(bytes(4 * (1 + 4 * 6))), b"IEND": b""}
+    chunks = [
+        struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (lambda path: path.write_bytes(b""), "is empty (0 bytes)"),
+        (deep_colours, "pixels deeper than a byte (mode RGB)"),
+        (lambda path: path.symlink_to("gone.png"), "is a link to gone.png, which is not there"),
         (lambda path: path.write_bytes(b"not a picture"), "cannot be taken as an image"),
         (deep, "pixels deeper than a byte (mode I;16)"),
         (huge, "DecompressionBombError"),
@@ -139,12 +153,46 @@ def _no_images(root: Path) -> str:
     return f"{root}/planes holds neither train/ and test/ nor a folder of images for each class"
 
 
-@pytest.mark.parametrize("spoil", [_empty_class, _one_class, _one_image, _other_classes, _no_images])
+def _capitals(root: Path) -> str:
+    (root / "birds" / "test").rename(root / "birds" / "Test")
+    return f"{root}/birds has Test/, a part of a dataset by its name, and it would not be read as one: call the parts"
+
+
+def _another_word(root: Path) -> str:
+    fill(root / "birds" / "valid", ("crow", "gull", "owl"), 1)
+    return f"{root}/birds has valid/, a part of a dataset"
+
+
+def _a_class_that_is_gone(root: Path) -> str:
+    (root / "cars" / "volvo").symlink_to("/gone/volvo")
+    return f"{root}/cars/volvo is a link to /gone/volvo, which is not there"
+
+
+SPOILED = [_empty_class, _one_class, _one_image, _other_classes, _no_images]
+SPOILED += [_capitals, _another_word, _a_class_that_is_gone]
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
 def test_a_folder_that_makes_no_task_is_named(root: Path, spoil: Callable[[Path], str]) -> None:
     says = spoil(root)
     with pytest.raises(InputError) as caught:
         made(root)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "test"), ("test", "test2"), ("val", "cars")])
+def test_parts_that_are_called_otherwise_are_no_tasks(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Else the test images would be trained on."""
+    for name in names:
+        fill(tmp_path / name, ("audi", "saab"), 3)
+    with pytest.raises(InputError, match=r"a part of a dataset by its name"):
+        made(tmp_path)
+
+
+def test_classes_may_be_called_as_parts(tmp_path: Path) -> None:
+    fill(tmp_path, ("audi", "saab"), 4)
+    (tmp_path / "audi").rename(tmp_path / "test")
+    assert made(tmp_path).class_names == {0: "saab", 1: "test"}
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
@@ -174,3 +222,4 @@ def test_a_file_cut_off_behind_its_head_is_named_when_it_is_read(root: Path) -> 
     with tiny_strategy(model=model) as strategy, pytest.raises(HookError) as caught:
         strategy.train(benchmark.scenario.train_stream)
     assert f"{file} cannot be read as an image" in str(caught.value)
+    assert "Traceback" not in str(caught.value), "what is said is all there is to say"

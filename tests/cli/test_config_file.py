@@ -67,6 +67,12 @@ def test_values_of_every_type(tmp_path: Path) -> None:
         ("epochs: '3'", "epochs is '3'; it must be a valid integer"),
         ("epochs: true", "epochs is True; it must be a valid integer"),
         ("epochs: 3.0", "epochs is 3.0; it must be a valid integer"),
+        ("epochs: 010", "epochs is '010'; it must be a valid integer"),
+        ("seed: 1:30", "seed is '1:30'; it must be a valid integer"),
+        ("epochs: !!int foo", "is no YAML"),
+        ("epochs: !!bool maybe", "is no YAML"),
+        ("storage: !!binary cnVu", "it must be written without a tag"),
+        ("storage: " + 3000 * "[", "is no YAML"),
         ("epochs: null", "epochs is None; it must be a valid integer"),
         ("tasks: 3", "tasks is 3; it must be a valid"),
         ("tasks: [0, one]", "tasks is [0, 'one']; it must be a valid integer"),
@@ -88,6 +94,11 @@ def test_what_cannot_be_meant_is_refused_with_file_and_key(text: str, says: str,
     assert "run.yaml" in str(caught.value)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("day", ["2026-01-01", "2026-02-30"])
+def test_what_looks_like_a_day_is_text(day: str, tmp_path: Path) -> None:
+    assert options_of(tmp_path, f"storage: {day}\n").output.storage == day
 
 
 def test_flags_win_over_the_file_also_those_that_say_no(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distributed_eg import make_benchmark
+from distributed_eg.benchmarks.benchmark import part_of
 from distributed_eg.cli import main
+from distributed_eg.cli.eval import _require_known
+from distributed_eg.cli.predict import _files_in
+from distributed_eg.errors import InputError
+from distributed_eg.store.registry import Registry
+from distributed_eg.store.storage import Storage
 from tests.helpers import content
 
 pytest.importorskip("skimage", reason="the extra demo is not installed")
@@ -137,6 +145,15 @@ def test_what_is_asked_wrong_is_said_and_changes_nothing(
     assert "no tasks with the labels [2]" in refused(
         capsys, "eval", str(run), *BENCHMARK, "--tasks", "0", "2", "--engine", "inline"
     )
+    here = ("eval", str(run), *BENCHMARK, "--tasks", "0", "1", "3", "--engine", "inline")
+    assert "has the classes 0 chelsea, 1 flower, 2 rocket in the run, and 1 chelsea, 2 flower, 3 rocket in" in refused(
+        capsys, *here, "--first-class", "1"
+    )
+    assert "cannot be made" in refused(capsys, *here, "--save-images", file)
+    assert "is read with --resize only" in refused(capsys, "predict", str(run), file, "--mean", "0", "0", "0")
+    resized = ("predict", str(run), file, "--resize", "32", "32")
+    assert "--mean is (nan," in refused(capsys, *resized, "--mean", "nan", "0", "0")
+    assert "--std is (0.2,)" in refused(capsys, *resized, "--std", "0.2")
     assert "exclude each other" in refused(capsys, "predict", str(run), file, "--json", "--csv")
     assert "reads no num_workers" in refused(capsys, "predict", str(run), file, "--num-workers", "2")
     assert "no images" in refused(capsys, "predict", str(run), str(tmp_path))
@@ -148,9 +165,36 @@ def test_what_is_asked_wrong_is_said_and_changes_nothing(
 def test_no_run_is_one_sentence(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path / "run") if word == "RUN" else word for word in command])
-    assert caught.value.code in (1, 2)
-    assert capsys.readouterr().err.startswith("distributed-eg: ")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("distributed-eg: There is no run at ")
     assert not (tmp_path / "run").exists()
+
+
+def test_other_names_under_the_same_ids_are_other_classes(run: Path) -> None:
+    benchmark = replace(
+        part_of(make_benchmark("embedded", image_size=32, train_per_task=48, test_per_task=12), [0], 0, 0),
+        class_names={0: "chelsea", 1: "rocket", 2: "flower"},
+    )
+    with pytest.raises(InputError, match="0 chelsea, 1 flower, 2 rocket in the run, and 0 chelsea, 1 rocket, 2 flower in"):
+        _require_known(benchmark, Registry.read(Storage(str(run))))
+
+
+def test_a_damaged_run_has_no_tasks_to_tell_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("not json")
+    with pytest.raises(SystemExit) as caught:
+        main(["tasks", str(tmp_path)])
+    assert caught.value.code == 1
+    assert "run.json" in capsys.readouterr().err
+
+
+def test_a_folder_is_searched_for_what_training_would_take(tmp_path: Path) -> None:
+    for name in ("a.png", "._a.png", "b.PDF", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "c.png").touch()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    names, others = _files_in([str(tmp_path)])
+    assert ([Path(name).name for name in names], others) == (["a.png", "gone.png"], 2)
 
 
 def test_another_sequence_follows_under_labels_and_class_ids_of_its_own(

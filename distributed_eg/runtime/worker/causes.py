@@ -70,7 +70,7 @@ def ends_process(error: BaseException) -> bool:
 
 def users_error(error: BaseException, doing: str, *, place: str = "", note: str = "") -> HookError:
     """What a user's code raised while ``doing``, as an error of ours: where, its class and text, and its traceback."""
-    lines = "".join(traceback.format_exception(error))
+    lines = "" if is_ours(error) else "".join(traceback.format_exception(error))  # ours says all there is to say
     return HookError(f"{doing} failed{place or _dispatch(error)[0]}: {told(error)}\n{note}{lines}")
 
 

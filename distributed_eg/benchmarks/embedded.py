@@ -52,6 +52,9 @@ def embedded(
     counts = [len(task.classes) for task in TASKS]
     num_train = images_per_class("train_per_task", train_per_task, counts)
     num_test = images_per_class("test_per_task", test_per_task, counts)
+    for index, task in enumerate(TASKS):  # before anything is drawn, which takes a while
+        for digit in (source for source in task.classes if isinstance(source, int)):
+            _digits(digit, num_train[index] + num_test[index])
     train, test = [], []
     first_class = 0
     names = [
@@ -135,20 +138,30 @@ def cut_patches(
     return np.stack(patches)
 
 
-def _digit_images(
-    digit: int, num_train: int, num_test: int, size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images of one handwritten digit, (N, size, size, 3) uint8, no sample in both."""
+def _digits(digit: int, at_least: int) -> np.ndarray:
+    """All images of one handwritten digit, 8 × 8, grey levels 0 … 16.
+
+    Raises:
+        InputError: there are fewer.
+    """
     _package("sklearn")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = digits.images[digits.target == digit]  # 8 x 8, grey levels 0 ... 16
-    if num_train + num_test > len(images):
+    images: np.ndarray = digits.images[digits.target == digit]
+    if at_least > len(images):
         raise InputError(
-            f"The embedded benchmark has {len(images)} images of the digit {digit}, and {num_train} to train on"
-            f" plus {num_test} to test on were asked for: lower train_per_task or test_per_task."
+            f"The embedded benchmark has {len(images)} images of the digit {digit}, and {at_least} to train or test on"
+            " were asked for: lower train_per_task or test_per_task."
         )
+    return images
+
+
+def _digit_images(
+    digit: int, num_train: int, num_test: int, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images of one handwritten digit, (N, size, size, 3) uint8, no sample in both."""
+    images = _digits(digit, num_train + num_test)
     order = rng.permutation(len(images))[: num_test + num_train]
     grey = (images[order] * (255 / 16)).round().astype(np.uint8)
     pictures = np.stack([_resized(Image.fromarray(image).convert("RGB"), size) for image in grey])

@@ -21,7 +21,7 @@ _TERMINATED = 143
 _EXIT_CODES = """Exit codes:
   0    done
   1    the work failed, or what was checked is damaged
-  2    what was asked for cannot be used; nothing was changed
+  2    what was asked for cannot be used: options, files, data, or a run that they do not fit
   130  interrupted
   141  nobody reads the output any more, as in | head
   143  terminated"""

@@ -49,7 +49,7 @@ class BenchmarkOptions:
     order_seed: Annotated[int | None, optional("N")] = None
     """Seed of an order in which a dataset's classes come; in their own where not given."""
     tasks: Annotated[tuple[int, ...] | None, optional("K...")] = None
-    """Only the tasks at these positions, from 0."""
+    """Only the tasks at these positions, from 0; FILE.py:FUNCTION comes before them."""
     first_label: int = 0
     """Task label of the sequence's first task; the others follow. A run knows a task by its label."""
     first_class: int = 0

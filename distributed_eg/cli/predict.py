@@ -46,7 +46,8 @@ class PredictOptions(WorkerOptions):
     batch_size: int = 32
     """Images a batch."""
     resize: Annotated[tuple[int, int] | None, optional("HEIGHT WIDTH")] = None
-    """Height and width that images are resized to, where the run does not know what they go through."""
+    """Height and width that images are resized to, where the run does not know what they go through; RUN and IMAGES
+    come before them."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """With --resize: what is subtracted from each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)

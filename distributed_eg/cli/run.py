@@ -132,6 +132,8 @@ class RunOptions:
 def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")] = RunOptions()) -> None:
     """Train a sequence of image tasks on worker actors, then route unseen images to the right expert."""
     from distributed_eg.cli.display import Display
+    from distributed_eg.store import layout
+    from distributed_eg.store.storage import Storage
 
     options.check()
     output = options.output
@@ -143,6 +145,8 @@ def run(options: Annotated[RunOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(
     if output.log_json:
         log_as_json(masked(storage))
     display = Display(to_stderr=output.json, quiet=output.json and output.log_json)
+    if output.append and not Storage(storage).exists(layout.RUN):
+        display.say(f"There is no run at {masked(storage)} yet: it begins here.")
     try:
         outcome = _train_and_evaluate(options, storage, display)
     except (KeyboardInterrupt, SystemExit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,6 +21,9 @@ from distributed_eg.strategy.avalanche_types import LabelledDataset, Template
 from distributed_eg.strategy.metrics import RoutedBatch
 from distributed_eg.strategy.predictions import ImageFiles, Prediction, notes_of, predictions
 from distributed_eg.strategy.tasks.task_labels import index_of, label_in_samples, task_labels_of
+from distributed_eg.types import TaskId
+
+logger = logging.getLogger(__name__)
 
 _MOST_SAMPLES = 1024
 """That one request asks for."""
@@ -73,8 +77,11 @@ def ask_workers(
             raise InputError(f"Experience {experience.current_experience} has no samples to evaluate; leave it out.")
         shipped, leaves = run.shipper.ship(dataset, "The evaluation dataset")
         held.append(leaves)
-        parts.append(EvaluatePart(shipped, 0, len(dataset), tuple(right_tasks(experience, dataset, registry))))
-        highest = max(highest, *(int(c) for c in dataset.targets.uniques))
+        right = right_tasks(experience, dataset, registry)
+        parts.append(EvaluatePart(shipped, 0, len(dataset), tuple(right)))
+        classes = {int(c) for c in dataset.targets.uniques}
+        highest = max(highest, *classes)
+        _warn_of_strangers(experience, classes, set(right), registry)
     requests = _requests(run, registry, parts, batch_size, method)
     answers = iter(run.evaluate(requests))
     told = ((part, next(answers)) for request in requests for part in request.parts)
@@ -85,6 +92,17 @@ def ask_workers(
             of_whole.append(next(told))
         found.append(Answers(of_whole, highest + 1, abstains=method.unknown == "abstain"))
     return found
+
+
+def _warn_of_strangers(experience: CLExperience, classes: set[int], right: set[TaskId], registry: Registry) -> None:
+    """Classes that no expert of the samples' own tasks has learnt can only be answered wrongly."""
+    learnt = {c for task in right - {-1} for c in registry.active[task].classes}
+    if -1 not in right and (strange := sorted(classes - learnt)):
+        logger.warning(
+            "Experience %d has the classes %s, and its tasks (%s) have learnt %s: every answer to an image of those "
+            "counts as wrong. Are labels and class ids those of the training?",
+            *(index_of(experience), strange, ", ".join(map(str, sorted(right))), sorted(learnt)),
+        )
 
 
 def ask_about_files(

@@ -175,7 +175,9 @@ def test_other_names_under_the_same_ids_are_other_classes(run: Path) -> None:
         part_of(make_benchmark("embedded", image_size=32, train_per_task=48, test_per_task=12), [0], 0, 0),
         class_names={0: "chelsea", 1: "rocket", 2: "flower"},
     )
-    with pytest.raises(InputError, match="0 chelsea, 1 flower, 2 rocket in the run, and 0 chelsea, 1 rocket, 2 flower in"):
+    with pytest.raises(
+        InputError, match="0 chelsea, 1 flower, 2 rocket in the run, and 0 chelsea, 1 rocket, 2 flower in"
+    ):
         _require_known(benchmark, Registry.read(Storage(str(run))))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def test_a_small_first_task_with_a_reference_is_not_told_to_give_one(caplog: pyt
     caplog.clear()
     reference = tiny_benchmark((1,)).train_stream[0].dataset
     assert "reference=" not in warnings_of(caplog, 20, "linear", reference=reference)
+
+
+def test_a_class_of_which_all_images_are_held_out_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with tiny_strategy() as strategy:
+        strategy.train(tiny_benchmark((0, 1), train=2).train_stream)
+    for task in (0, 1):
+        assert re.search(rf"Task {task} .* has no image of the classes \[{2 * task}|{2 * task + 1}\]", caplog.text)
+
+
+def test_classes_that_no_expert_of_their_task_has_learnt_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    learnt, other = tiny_benchmark((0, 1)), tiny_benchmark((0, 1), offset=False)
+    with tiny_strategy() as strategy:
+        strategy.train(learnt.train_stream)
+        strategy.eval(learnt.test_stream)
+        assert "counts as wrong" not in caplog.text
+        strategy.eval(other.test_stream)
+    assert "Experience 1 has the classes [0, 1], and its tasks (1) have learnt [2, 3]" in caplog.text
+    assert caplog.text.count("counts as wrong") == 1
 
 
 def test_unequal_sizes_are_told_once_in_a_loop_over_the_stream(caplog: pytest.LogCaptureFixture) -> None:

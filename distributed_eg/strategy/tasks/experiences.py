@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from distributed_eg.strategy.avalanche_types import LabelledDataset
 from distributed_eg.strategy.tasks.task_labels import index_of, read, task_labels_of, whole
 from distributed_eg.strategy.tasks.worker_experience import info_of
 from distributed_eg.types import TaskId, derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,12 @@ def task_data(
         # A task of a single sample has nothing else to be measured on.
         valid = train.subset(sorted(order[:num_valid].tolist())) if num_valid else train
         train = train.subset(sorted(order[num_valid:].tolist())) if num_valid else train
+        if gone := sorted({*part.classes} - {whole(target, "class id") for target in train.targets.uniques}):
+            logger.warning(
+                "Task %d (label %d) has no image of the classes %s to learn from: all of theirs are held out. Give "
+                "more, or a validation stream.",
+                *(task, part.label, gone),
+            )
     measured = [Part(part.label, valid, part.classes, replace(part.info, stream="valid"))]
     kept = tuple((other.info, other.dataset) for other in (measured if evaluations is None else evaluations))
     return TaskData(gate_train=train.eval(), gate_valid=valid.eval(), train=train, evaluations=kept)

@@ -24,9 +24,9 @@ def main() -> None:
     model = ExpertGate(benchmark.shape, arch="efficientnet_lite0", autoencoder="linear", gate_score="shared")
     with ExpertGateStrategy(
         model=model,
-        optimizer=torch.optim.SGD(model.expert.parameters(), lr=5e-4, momentum=0.9),
+        optimizer=torch.optim.SGD(model.expert.parameters(), lr=1e-3, momentum=0.9),
         train_mb_size=16,
-        train_epochs=8,
+        train_epochs=3,
         ae_latent_dim=50,
         rel_thresh=0.7,
         transform=benchmark.transform,

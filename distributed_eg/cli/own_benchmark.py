@@ -79,6 +79,9 @@ def benchmark_of(scenario: Any, name: str) -> Benchmark:
             "once. Other sequences train by ExpertGateStrategy in Python."
         )
     datasets = {stream: [experience.dataset for experience in experiences] for stream, experiences in streams.items()}
+    for stream, of_stream in datasets.items():
+        if empty := [label for label, dataset in zip(labels, of_stream, strict=True) if not len(dataset)]:
+            raise InputError(f"{name}: the tasks {empty} have no images to {stream}.")
     classes = [sorted({int(c) for c in dataset.targets.uniques}) for dataset in datasets["train"]]
     for label, trained, dataset in zip(labels, classes, datasets["test"], strict=True):
         if unknown := sorted({int(c) for c in dataset.targets.uniques} - set(trained)):

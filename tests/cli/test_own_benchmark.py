@@ -93,6 +93,10 @@ def vectors():
 constant = 3
 
 
+def nothing():
+    return benchmark_from_datasets(train=datasets(24), test=datasets(0))
+
+
 def strangers():
     test = datasets(12)
     return benchmark_from_datasets(train=datasets(24), test=[test[1], test[0]])
@@ -164,6 +168,7 @@ def test_parts_and_this_package_s_own_kind(file: Path) -> None:
         ("train_only", "with the streams train; it must return"),
         ("uneven", "has the tasks [0, 1] to train and [0] to test"),
         ("vectors", "the first image is a tensor of shape (5,)"),
+        ("nothing", "the tasks [0, 1] have no images to test"),
         ("strangers", "task 0 has the classes [2, 3] to test that it has none of to train"),
         ("plian", "has no function 'plian'; the nearest is plain"),
         ("constant", "has no function 'constant'"),

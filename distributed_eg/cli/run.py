@@ -63,11 +63,11 @@ class MethodOptions:
 class TrainingOptions:
     """How each expert trains."""
 
-    epochs: int = 8
+    epochs: int = 5
     """Epochs of each expert's training."""
     batch_size: int = 16
     """Mini-batch size of training."""
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Learning rate of an expert's first epoch (SGD, momentum 0.9); it falls by the same amount with each."""
     threads: int = 1
     """Torch threads of every stage; another number gives other bytes."""

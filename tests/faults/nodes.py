@@ -236,7 +236,7 @@ def drained(theatre: Theatre) -> Facts:
         facts.update(before=run.workers(), node=nodes[0].node_id, placed_before=placed(nodes[0].node_id))
         theatre.drain(nodes[0].node_id)
         yield from until(lambda: len(run.workers()) == 1, "the drain is noticed")
-        facts.update(seen_before=len(run.progress))
+        facts.update(seen_before=sum(p.epoch is None for p in run.progress))
         theatre.chaos.release(0)
         yield from until(lambda: has_ended(pid), "the end of the worker that leaves")
         theatre.chaos.release(1)

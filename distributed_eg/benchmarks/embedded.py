@@ -52,9 +52,12 @@ def embedded(
     counts = [len(task.classes) for task in TASKS]
     num_train = images_per_class("train_per_task", train_per_task, counts)
     num_test = images_per_class("test_per_task", test_per_task, counts)
-    for index, task in enumerate(TASKS):  # before anything is drawn, which takes a while
-        for digit in (source for source in task.classes if isinstance(source, int)):
-            _digits(digit, num_train[index] + num_test[index])
+    digits = {  # before photographs are drawn from, which takes a while
+        source: _digits(source, num_train[index] + num_test[index])
+        for index, task in enumerate(TASKS)
+        for source in task.classes
+        if isinstance(source, int)
+    }
     train, test = [], []
     first_class = 0
     names = [
@@ -65,7 +68,7 @@ def embedded(
         for position, source in enumerate(task.classes):
             rng = np.random.default_rng([seed, index, position])
             if isinstance(source, int):
-                parts.append(_digit_images(source, num_train[index], num_test[index], size, rng))
+                parts.append(_digit_images(digits[source], num_train[index], num_test[index], size, rng))
             else:
                 photograph = read_photograph(source)
                 side, train_tiles, test_tiles = patch_tiles(photograph)
@@ -158,10 +161,9 @@ def _digits(digit: int, at_least: int) -> np.ndarray:
 
 
 def _digit_images(
-    digit: int, num_train: int, num_test: int, size: int, rng: np.random.Generator
+    images: np.ndarray, num_train: int, num_test: int, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images of one handwritten digit, (N, size, size, 3) uint8, no sample in both."""
-    images = _digits(digit, num_train + num_test)
+    """Training and test images of those of one digit, (N, size, size, 3) uint8, no sample in both."""
     order = rng.permutation(len(images))[: num_test + num_train]
     grey = (images[order] * (255 / 16)).round().astype(np.uint8)
     pictures = np.stack([_resized(Image.fromarray(image).convert("RGB"), size) for image in grey])

@@ -82,9 +82,9 @@ def folder_sets(path: str, seed: int) -> list[ImageSet]:
 
 def _is_misnamed_part(folder: Path) -> bool:
     """Whether it holds class folders, and is called as a part of a dataset, but not as a part that is read."""
-    beside = {other.name for other in _folders(folder.parent)}
-    read = {"train", *_TEST_FOLDERS} if "train" in beside else set()
-    return folder.name.lower() in _LIKE_PARTS and folder.name not in read and _is_dataset(folder)
+    if folder.name.lower() not in _LIKE_PARTS or not _is_dataset(folder):
+        return False
+    return folder.name not in ("train", *_TEST_FOLDERS) or not (folder.parent / "train").is_dir()
 
 
 def _is_dataset(folder: Path) -> bool:
@@ -167,15 +167,16 @@ def _entries(folder: Path) -> list[Path]:
         InputError: it cannot be read, or holds a link to what is not there.
     """
     try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        with os.scandir(folder) as found:  # which knows links without asking for each file
+            entries = [entry for entry in found if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
-    for path in entries:
-        if not path.exists():
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
             raise InputError(
-                f"{path} is a link to {os.readlink(path)}, which is not there: restore it, or remove the link."
+                f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there: restore it, or remove it."
             )
-    return entries
+    return sorted(Path(entry.path) for entry in entries)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ CHANGES: Mapping[ChangeKind, tuple[int, str]] = {
 """Prefixes: how often each is done where no number is given (as in rotated-36:NAME), and what it makes."""
 _CHANGED = re.compile(rf"({'|'.join(CHANGES)})(?:-(\d{{1,9}}))?:(.*)", re.DOTALL)
 _BY_PATH = ("folder", "hf")
-_CHANGE = rf"(?:{'|'.join(CHANGES)})(?:-\d+)?:"
+_CHANGE = rf"(?:{'|'.join(CHANGES)})(?:-\d{{1,9}})?:"
 _PATH = re.compile(rf"(?:{_CHANGE})?(?:{'|'.join(_BY_PATH)}):")
 """How a part that names a path begins."""
 _PREFIX = re.compile(rf"{_CHANGE}|(?:medmnist|{'|'.join(_BY_PATH)}):")

@@ -44,8 +44,8 @@ class _Console(Console):
 
 
 class Display:
-    """Draws on a terminal and in a notebook; elsewhere prints one line for each expert that is
-    there, and for each stage that fails. ``quiet`` says nothing at all. At a prompt of your own::
+    """Draws on a terminal and in a notebook; elsewhere prints one line for each expert that is there, and for each
+    stage that fails. ``quiet`` says nothing at all. At a prompt of your own::
 
         display = Display()
         strategy = ExpertGateStrategy(…, observer=display.progress)

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from distributed_eg.cli.options import require_run
-
 
 @dataclass(frozen=True, kw_only=True)
 class GcOptions:
@@ -28,10 +26,12 @@ class GcOptions:
 def gc(options: Annotated[GcOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """Remove the files of a run directory that no record names."""
     from distributed_eg.store import verification
+    from distributed_eg.store.registry import read_run_record
     from distributed_eg.store.storage import Storage
 
-    require_run(options.run)
-    sizes = verification.collect(Storage(options.run), dry_run=options.dry_run)
+    storage = Storage(options.run)
+    read_run_record(storage)  # says where there is none
+    sizes = verification.collect(storage, dry_run=options.dry_run)
     out = sys.stderr if options.json else sys.stdout
     for path, size in sizes.items():
         print(f"{path}: {size:,} bytes", file=out)

@@ -129,20 +129,6 @@ class WorkerOptions:
         )
 
 
-def require_run(run: str) -> None:
-    """Refuse a place without a run.
-
-    Raises:
-        InputError: there is none.
-    """
-    from distributed_eg.store import layout
-    from distributed_eg.store.storage import Storage
-
-    storage = Storage(run)
-    if not storage.exists(layout.RUN):
-        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
-
-
 def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
     """A strategy that asks the run at this place, as it was made.
 
@@ -151,16 +137,15 @@ def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
     """
     import torch
 
-    from distributed_eg.store import layout
+    from distributed_eg.store.registry import read_run_record
     from distributed_eg.store.storage import Storage
     from distributed_eg.strategy.model import ExpertGate
     from distributed_eg.strategy.strategy import ExpertGateStrategy
 
-    require_run(run)
+    record = read_run_record(Storage(run))
     model = ExpertGate.load(run)
-    record = Storage(run).read_record(layout.RUN)
-    method = dict(record["method"])
-    autoencoder = method.pop("autoencoder")
+    method = dict(record.method)
+    autoencoder = dict(method.pop("autoencoder"))
     method.pop("gate_score", None)  # the model has it
     names = {"latent_dim": "ae_latent_dim"}
     if autoencoder.pop("kind") == "sgd":
@@ -172,7 +157,7 @@ def open_run(run: str, where: WorkerOptions) -> ExpertGateStrategy:
         optimizer=torch.optim.SGD(model.expert.parameters(), lr=0.0),
         eval_mb_size=method.pop("feature_batch_size"),
         evaluator=silent_evaluator,
-        cluster=where.cluster(run, "append", record["threads"]),
+        cluster=where.cluster(run, "append", record.threads),
         **method,
     )
 

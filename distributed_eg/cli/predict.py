@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import tyro
 
 from distributed_eg import given
-from distributed_eg.cli.options import WorkerOptions, folder_name, open_run, optional, require_run
+from distributed_eg.cli.options import WorkerOptions, folder_name, open_run, optional
 from distributed_eg.config import Engine
 from distributed_eg.errors import InputError
 
@@ -103,14 +103,14 @@ def predict(options: Annotated[PredictOptions, tyro.conf.OmitArgPrefixes, tyro.c
 
 def _check_preprocessing(options: PredictOptions) -> None:
     """Refuse means and deviations that nothing reads, or that cannot be used."""
-    for name, values, default in (
-        ("--mean", options.mean, PredictOptions.mean),
-        ("--std", options.std, PredictOptions.std),
-    ):
-        if values != default and options.resize is None:
-            raise InputError(f"{name} is read with --resize only: give that, too, or leave it out.")
-        if len(values) != 3 or not all(math.isfinite(v) for v in values) or (name == "--std" and min(values) <= 0):
-            raise InputError(f"{name} is {values}; it must be three finite numbers, deviations above 0.")
+    means, deviations = options.mean, options.std
+    if options.resize is None and (means, deviations) != (PredictOptions.mean, PredictOptions.std):
+        raise InputError("--mean and --std are read with --resize only: give that, too, or leave them out.")
+    if len(means) != len(deviations):
+        raise InputError(f"--mean is {means} and --std {deviations}: give each a value for every channel.")
+    for name, values, least in (("--mean", means, -math.inf), ("--std", deviations, 0)):
+        if not all(least < value < math.inf for value in values):
+            raise InputError(f"{name} is {values}; it must be finite numbers{', above 0' if least == 0 else ''}.")
 
 
 def _files_in(images: Sequence[str]) -> tuple[list[str], int]:
@@ -153,19 +153,21 @@ def _opened(options: PredictOptions, stack: ExitStack) -> tuple[Answer, int, Map
     from torchvision import transforms
 
     from distributed_eg.method.image_transform import given_transform
+    from distributed_eg.store.registry import read_run_record
+    from distributed_eg.store.storage import Storage
     from distributed_eg.strategy.model import ExpertGate
     from distributed_eg.strategy.predictions import reader_for
 
     steps = [transforms.ToTensor(), transforms.Normalize(options.mean, options.std)]
     transform = None if options.resize is None else [transforms.Resize(options.resize), *steps]
     size = options.batch_size
-    require_run(options.run)
     if options.engine == "ray":
         strategy = stack.enter_context(open_run(options.run, options))
         model = strategy.model
         step = size * _CHUNK * (options.num_workers if isinstance(options.num_workers, int) else os.cpu_count() or 1)
     else:
         options.cluster(options.run, False, 1)  # says what it does not read
+        read_run_record(Storage(options.run))  # says where there is none
         model, step = ExpertGate.load(options.run), size
     reader = reader_for(model.notes, given_transform(transform, model.shape), model.shape)
 

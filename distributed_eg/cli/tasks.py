@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from distributed_eg.cli.options import require_run
 from distributed_eg.cli.outcome import TaskLine
 
 
@@ -26,13 +25,11 @@ class TasksOptions:
 def tasks(options: Annotated[TasksOptions, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]) -> None:
     """List the finished tasks of a run, with their sizes, parents and versions."""
     from distributed_eg.cli.display import Display
-    from distributed_eg.store import layout
-    from distributed_eg.store.registry import Registry
+    from distributed_eg.store.registry import Registry, read_run_record
     from distributed_eg.store.storage import Storage
 
-    require_run(options.run)
     storage = Storage(options.run)
-    storage.read_record(layout.RUN)  # says where it is damaged, or none of ours
+    read_run_record(storage)  # says where there is none, or a damaged one
     registry = Registry.read(storage)
     first = {version: task for task, manifest in registry.newest.items() for version in manifest.versions}
     lines = [

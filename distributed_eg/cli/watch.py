@@ -19,7 +19,7 @@ class Watch:
     """Of each task the last that was told, and when.
 
     Args:
-        names: of the tasks, by label.
+        names: of the tasks, by label; one that is missing is told by its number.
         clock: seconds.
     """
 
@@ -34,9 +34,8 @@ class Watch:
         """Note it; a line, where it is worth one: an expert is there, or a stage failed."""
         if not self._last:  # not before: until then workers come up
             self._begun = self._clock()
-        begun_s = self._clock() if progress.state != "training" else self._last[progress.label][1]
-        self._last.pop(progress.label, None)
-        self._last[progress.label] = (progress, begun_s)
+        _, since = self._last.pop(progress.label, (None, self._clock()))
+        self._last[progress.label] = (progress, since if progress.state == "training" else self._clock())
         task = f"task {progress.task} {self._names.get(progress.label, '')}"
         if progress.state == "failed":
             return f"{task}: {progress.stage.value} failed after {progress.seconds:.1f} s on {progress.worker}"
@@ -51,14 +50,19 @@ class Watch:
         ended = [label for label, (progress, _) in self._last.items() if _has_ended(progress)]
         working = [label for label, (progress, _) in self._last.items() if not _has_ended(progress)]
         places = {label: place for place, label in enumerate(self._names)}
-        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=places.__getitem__)
+        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=lambda label: (places.get(label, len(places)), label))
         table = Table("task", "stage", "loss", "worker", "parent", "seconds")
         for label in shown:
             table.add_row(*self._cells(*self._last[label]))
         bar = Table.grid(padding=(0, 1))
-        count = f"{len(ended)} of {len(self._names)} tasks{self._to_go()}"
-        bar.add_row(ProgressBar(total=max(1, len(self._names)), completed=len(ended), width=40), count)
+        count = f"{len(ended)} of {self._num_tasks} tasks{self._to_go()}"
+        bar.add_row(ProgressBar(total=max(1, self._num_tasks), completed=len(ended), width=40), count)
         return Group(table, bar)
+
+    @property
+    def _num_tasks(self) -> int:
+        """Those that have names, and those that came without one."""
+        return len(self._names.keys() | self._last.keys())
 
     def _cells(self, progress: Progress, since: float) -> tuple[str, ...]:
         stage, loss, seconds = progress.stage.value, "", f"{progress.seconds:.1f}"
@@ -72,7 +76,7 @@ class Watch:
             stage, seconds = f"[green]{stage} kept", ""
         elif _has_ended(progress):
             stage = "[green]done"
-        name = escape(f"{progress.task} {self._names[progress.label]}")
+        name = escape(f"{progress.task} {self._names.get(progress.label, '')}")
         is_related = progress.stage is Stage.EXPERT or (progress.stage is Stage.RELATE and progress.state != "started")
         return name, stage, loss, progress.worker, _parent(progress) if is_related else "", seconds
 
@@ -81,7 +85,7 @@ class Watch:
         ones say nothing about it."""
         told = [progress for progress, _ in self._last.values()]
         done = sum(_has_ended(progress) and progress.state == "finished" for progress in told)
-        left = len(self._names) - sum(_has_ended(progress) or progress.state == "failed" for progress in told)
+        left = self._num_tasks - sum(_has_ended(progress) or progress.state == "failed" for progress in told)
         if not done or not left:
             return ""
         return f", about {timedelta(seconds=round((self._clock() - self._begun) / done * left))} to go"

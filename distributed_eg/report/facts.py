@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from distributed_eg.errors import InputError
 from distributed_eg.method.calibration import Calibration, HeldOut, calibrate
-from distributed_eg.store import evaluations, layout, records
+from distributed_eg.store import evaluations
 from distributed_eg.store.evaluations import EvaluationRecord
 from distributed_eg.store.records import RunRecord, TaskManifest
-from distributed_eg.store.registry import Registry
+from distributed_eg.store.registry import Registry, read_run_record
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.tables import first_numbers, relatedness_table
 from distributed_eg.store.weights import load_tensors
@@ -91,9 +91,7 @@ def read_run(uri: str) -> RunFacts:
         StorageError: a record is damaged, was written by another version, or cannot be read.
     """
     storage = Storage(uri)
-    record = records.read(storage, RunRecord)
-    if record is None:
-        raise InputError(f"There is no run at {storage.shown!r}: it has no {layout.RUN!r}.")
+    record = read_run_record(storage)
     registry = Registry.read(storage).of_sealed()
     if not registry.manifests:
         raise InputError(f"The run {storage.shown!r} holds no finished task yet: there is nothing to report.")

@@ -9,6 +9,7 @@ import torch
 
 from distributed_eg.errors import WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
+from distributed_eg.runtime.determinism import reproducible
 from distributed_eg.runtime.engine import Ended, Listener, Report
 from distributed_eg.runtime.messages import Epoch, Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
@@ -26,6 +27,8 @@ class InlineEngine:
         self.shipper = Shipper(self)
         self.coordinator: CoordinatorApi = Coordinator(storage_uri, generation)
         self.listener: Listener | None = None
+        self._raised: Exception | None = None
+        """By the listener."""
         self._worker: TaskWorker | None = None
         self._reports: deque[Report] = deque()
         self._calls: deque[tuple[int | None, Request]] = deque()
@@ -47,9 +50,10 @@ class InlineEngine:
     def add_workers(self, setup: WorkerSetup, num_tasks: int | None) -> None:
         """Make this process a worker."""
         if self._worker is None:
-            device = torch.device(setup.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self._worker = TaskWorker(setup, lambda data: data, device, self._tell)
-            self._joined = WorkerJoined(_WORKER, _NODE, told_of(device))
+            self._device = torch.device(setup.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self._threads = setup.cluster.threads
+            self._worker = TaskWorker(setup, lambda data: data, self._device, self._tell)
+            self._joined = WorkerJoined(_WORKER, _NODE, told_of(self._device))
             self._reports.append(self._joined)
 
     def workers(self) -> list[WorkerJoined]:
@@ -69,6 +73,9 @@ class InlineEngine:
         if self._calls and self._worker is not None:
             call, request = self._calls.popleft()
             outcome = self._worker.run(request)
+            if self._raised is not None:
+                raised, self._raised = self._raised, None
+                raise raised
             if isinstance(outcome, Raised) and outcome.cause is Cause.ACCELERATOR:
                 raise WorkerLostError(
                     f"The accelerator failed, and nothing more can be computed in this process: {outcome.message}. "
@@ -80,8 +87,14 @@ class InlineEngine:
         return reports
 
     def _tell(self, epoch: Epoch) -> None:
-        if self.listener is not None:
-            self.listener(_WORKER, epoch)
+        """Told in the middle of a stage, which neither what a listener draws at random changes, nor what it raises."""
+        if self.listener is None or self._raised is not None:
+            return
+        try:
+            with reproducible(0, self._threads, self._device):
+                self.listener(_WORKER, epoch)
+        except Exception as error:
+            self._raised = error
 
     def begin(self) -> bool:
         """Always: nothing takes the worker away."""

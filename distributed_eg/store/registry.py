@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from distributed_eg.config import MethodConfig
-from distributed_eg.errors import DamagedFileError
+from distributed_eg.errors import DamagedFileError, InputError
 from distributed_eg.store import records
 from distributed_eg.store.record_text import REPAIR
 from distributed_eg.store.records import (
@@ -19,6 +19,7 @@ from distributed_eg.store.records import (
     RecordOfTask,
     RelatednessRecord,
     RetirementRecord,
+    RunRecord,
     StatisticsRecord,
     StreamRecord,
     TaskManifest,
@@ -30,6 +31,20 @@ from distributed_eg.store.tables import registry_table, relatedness_table
 from distributed_eg.types import AutoencoderKind, TaskId, Unknown
 
 logger = logging.getLogger(__name__)
+
+
+def read_run_record(storage: Storage) -> RunRecord:
+    """What the run is.
+
+    Raises:
+        InputError: there is no run.
+        StorageError: its record is damaged, was written by another version, or cannot be read.
+    """
+    record = records.read(storage, RunRecord)
+    if record is None:
+        raise InputError(f"There is no run at {storage.shown!r}: it has no {RunRecord.path_of(None)!r}.")
+    return record
+
 
 _PLACES: dict[type[Record], str] = {
     StatisticsRecord: "statistics",

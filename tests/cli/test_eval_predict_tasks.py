@@ -150,10 +150,11 @@ def test_what_is_asked_wrong_is_said_and_changes_nothing(
         capsys, *here, "--first-class", "1"
     )
     assert "cannot be made" in refused(capsys, *here, "--save-images", file)
-    assert "is read with --resize only" in refused(capsys, "predict", str(run), file, "--mean", "0", "0", "0")
+    assert "are read with --resize only" in refused(capsys, "predict", str(run), file, "--mean", "0", "0", "0")
     resized = ("predict", str(run), file, "--resize", "32", "32")
     assert "--mean is (nan," in refused(capsys, *resized, "--mean", "nan", "0", "0")
-    assert "--std is (0.2,)" in refused(capsys, *resized, "--std", "0.2")
+    assert "a value for every channel" in refused(capsys, *resized, "--std", "0.2")
+    assert "--std is (0.0, 1.0, 1.0)" in refused(capsys, *resized, "--std", "0", "1", "1")
     assert "exclude each other" in refused(capsys, "predict", str(run), file, "--json", "--csv")
     assert "reads no num_workers" in refused(capsys, "predict", str(run), file, "--num-workers", "2")
     assert "no images" in refused(capsys, "predict", str(run), str(tmp_path))

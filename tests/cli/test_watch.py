@@ -97,6 +97,14 @@ def test_an_expert_is_shown_with_its_epoch_and_its_loss() -> None:
     assert "epoch" not in text_of(watch)
 
 
+def test_tasks_without_a_name_are_told_by_their_number() -> None:
+    watch = Watch({}, Clock())
+    watch.take(told(1, Stage.EXPERT, "started", parent=None))
+    watch.take(told(0, Stage.EXPERT, "finished", parent=None))
+    assert [line.split()[1] for line in text_of(watch).splitlines() if "worker-1" in line] == ["0", "1"]
+    assert "1 of 2 tasks" in text_of(watch)
+
+
 def test_a_retried_stage_is_at_work_again() -> None:
     watch = Watch(NAMES, Clock())
     watch.take(told(0, Stage.EXPERT, "failed"))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from distributed_eg import ClusterConfig
 from distributed_eg.runtime.messages import Progress
 from distributed_eg.schedule.events import Stage
-from tests.helpers import INLINE, tiny_benchmark, tiny_strategy
+from tests.helpers import INLINE, hashes, tiny_benchmark, tiny_strategy
 
 ENGINES = [INLINE, pytest.param(ClusterConfig(num_workers=2), marks=pytest.mark.ray)]
 DEADLINE_S = 60.0
@@ -58,3 +61,31 @@ def test_it_hears_of_epochs_and_losses(cluster: ClusterConfig, tmp_path: Path) -
         assert {(epoch.task, epoch.total) for epoch in epochs} == {(task, 3)}
         assert all(0 < epoch.loss < 10 for epoch in epochs)
     assert all(p.epoch is None for p in seen if p.stage is not Stage.EXPERT)
+
+
+def test_what_it_draws_in_mid_training_changes_no_byte() -> None:
+    def observe(progress: Progress) -> None:
+        if progress.epoch is not None:
+            torch.rand(3), random.random(), np.random.random()
+
+    sums = []
+    for observer in (None, observe):
+        with tiny_strategy(observer=observer) as strategy:
+            strategy.train(tiny_benchmark((0, 1)).train_stream)
+            sums.append(hashes(strategy))
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize("cluster", ENGINES, ids=["inline", "ray"])
+def test_what_it_raises_in_mid_training_is_its_own(cluster: ClusterConfig, tmp_path: Path) -> None:
+    """Not an expert's that failed."""
+
+    def observe(progress: Progress) -> None:
+        if progress.epoch is not None:
+            (tmp_path / str(progress.task)).touch()
+            raise ZeroDivisionError("the observer's own")
+
+    plugins = [WaitsToBeHeard(tmp_path)]
+    with tiny_strategy(cluster, observer=observe, train_epochs=3, plugins=plugins) as strategy:
+        with pytest.raises(ZeroDivisionError, match="the observer's own"):
+            strategy.train(tiny_benchmark((0,)).train_stream)

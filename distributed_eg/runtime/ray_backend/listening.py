@@ -22,7 +22,7 @@ class Listening:
     def __init__(self) -> None:
         self._open: dict[Any, str] = {}
         """The name of the worker by its answer's reference."""
-        self._asked_at = 0.0
+        self._next_s = 0.0
 
     def hear(self, busy: Iterable[tuple[str, Any]], listener: Listener | None) -> None:
         """Hand the answers on that are there, and ask ``busy`` workers, by name and handle, where it is time to."""
@@ -37,7 +37,9 @@ class Listening:
                 continue
             if epoch is not None:
                 listener(worker, epoch)
-        asked = {name: handle for name, handle in busy if name not in self._open.values()}
-        if time.monotonic() - self._asked_at > max(_EVERY_S, _EVERY_S_A_WORKER * len(asked)):
-            self._asked_at = time.monotonic()
-            self._open |= {handle.epoch.remote(): name for name, handle in asked.items()}
+        if time.monotonic() < self._next_s:
+            return
+        waited_for = {*self._open.values()}
+        asked = {handle.epoch.remote(): name for name, handle in busy if name not in waited_for}
+        self._open |= asked
+        self._next_s = time.monotonic() + max(_EVERY_S, _EVERY_S_A_WORKER * len(asked))

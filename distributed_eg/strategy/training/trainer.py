@@ -69,7 +69,7 @@ class StrategyTrainer:
         recorder.evaluations = {(i.stream, i.index): at for at, (i, _) in enumerate(job.data.evaluations)}
         distillation = _begin_distillation(job, strategy.optimizer)
         strategy.optimizer.state.clear()
-        rules = _ExpertRules(job, distillation, strategy._criterion)
+        rules = _ExpertRules(job, distillation, strategy._criterion, strategy.train_epochs)
         strategy.plugins = [rules, *strategy.plugins]
         if job.checkpoints is not None:
             strategy._checkpointing = Checkpointing(job.checkpoints, job, strategy, recorder)
@@ -119,7 +119,7 @@ class _Batch:
 class _ExpertRules(Plugin):
     """The method's own part of the loop: the distillation term, and no loss that is not finite."""
 
-    def __init__(self, job: ExpertJob, distillation: Distillation | None, criterion: object) -> None:
+    def __init__(self, job: ExpertJob, distillation: Distillation | None, criterion: object, num_epochs: int) -> None:
         super().__init__()
         self._job = job
         self._distillation = distillation
@@ -128,7 +128,7 @@ class _ExpertRules(Plugin):
         self._count = 0
         self._classes = torch.tensor(job.classes, device=job.device)
         self._unread: list[_Batch] = []
-        self._num_epochs = 0
+        self._num_epochs = num_epochs
         self.num_steps = 0
         """Steps of an optimizer that holds parameters of the expert with a gradient. An ``optimizer_step`` or
         ``backward`` of the user's own counts as one: what it does is theirs to decide."""
@@ -174,7 +174,7 @@ class _ExpertRules(Plugin):
         if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > max(self._job.classes):
             is_tame = (outputs.detach().index_select(1, self._classes).abs() < _TAME).all()
         rates = tuple(float(group["lr"]) for group in strategy.optimizer.param_groups)
-        place, self._num_epochs = clock.train_epoch_iterations, strategy.train_epochs
+        place = clock.train_epoch_iterations
         self._unread.append(_Batch(loss, is_tame, clock.train_exp_epochs, place, rates))
         if len(self._unread) == _READ_TOGETHER:
             self.require_finite()

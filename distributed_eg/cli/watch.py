@@ -49,8 +49,8 @@ class Watch:
         """A bar over all tasks, and ``rows`` of them: those at work before those that ended."""
         ended = [label for label, (progress, _) in self._last.items() if _has_ended(progress)]
         working = [label for label, (progress, _) in self._last.items() if not _has_ended(progress)]
-        places = {label: place for place, label in enumerate(self._names)}
-        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=lambda label: (places.get(label, len(places)), label))
+        places = {label: place for place, label in enumerate([*self._names, *sorted(self._last.keys() - self._names)])}
+        shown = sorted([*reversed(working), *reversed(ended)][:rows], key=places.__getitem__)
         table = Table("task", "stage", "loss", "worker", "parent", "seconds")
         for label in shown:
             table.add_row(*self._cells(*self._last[label]))

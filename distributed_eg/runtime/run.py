@@ -238,6 +238,7 @@ class Run:
             raise
         finally:
             self._first_attempt = machine.next_attempt
+            self._engine.listener = None  # else what this call held would stay, and evaluations would be asked, too
         self._engine.coordinator.export()
         self._num_ended = max(registry.arrivals, default=-1) + 1
 

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ LEVELS = {"epoch": True, "experience": True, "stream": True}
 EPOCHS = 3
 STEPS_PER_EPOCH = 4
 """54 of 60 images train, 16 at a time."""
-EMBEDDED = ["--benchmark", "embedded", "--train-per-task", "48", "--test-per-task", "24", "--epochs", "1"]
+NEWER_COLUMNS = {"lwf_accuracy", "finetune_accuracy", "shared_distance", "known_share"}
+"""Of the tables, which the first versions did not write."""
 
 Steps = tuple[tuple[int, int, tuple[int, ...]], ...]
 """A stream: label, domain of the images and class ids of each step."""
@@ -134,6 +135,11 @@ def sha256(value: Any) -> str:
     return hashlib.sha256(value).hexdigest()
 
 
+def compared(table: Any, passing: Set[str] = frozenset()) -> list[str]:
+    """The columns that all versions write, but for those that are another in each run."""
+    return [name for name in table.column_names if name not in NEWER_COLUMNS | passing]
+
+
 def hashes_of(run: Path, registry: Any, relatedness: Any, metrics: Any) -> dict[str, str]:
     """sha256 of the weights, those of tasks' earlier versions too, of both tables and of the evaluation's metrics."""
     metrics = {name: value for name, value in metrics.items() if "/train_phase/" not in name}
@@ -143,8 +149,8 @@ def hashes_of(run: Path, registry: Any, relatedness: Any, metrics: Any) -> dict[
         weights.setdefault(f"{path.name.partition('-')[0]} {int(path.parent.name)}", []).append(path.read_bytes())
     return {
         **{what: sha256(b"".join(contents)) for what, contents in weights.items()},
-        "registry": sha256(registry.drop_columns(["train_s", "worker"]).to_pylist()),
-        "relatedness": sha256(relatedness.to_pylist()),
+        "registry": sha256(registry.select(compared(registry, passing={"train_s", "worker"})).to_pylist()),
+        "relatedness": sha256(relatedness.select(compared(relatedness)).to_pylist()),
         "metrics": sha256(metrics),
     }
 
@@ -179,26 +185,20 @@ class StepCount:
 # The runs
 
 
-def embedded(at: Place, engine: tuple[str, ...] = ("--engine", "inline")) -> Made:
-    """The command's own sequence."""
-    import pyarrow.parquet as pq
+def embedded(at: Place, **cluster: Any) -> Made:
+    """The command's own sequence and network."""
+    from distributed_eg import ExpertGate, make_benchmark
 
-    command = [sys.executable, "-m", "distributed_eg", "run", *EMBEDDED, *engine, "--storage", "run", "--json"]
-    done = subprocess.run(command, cwd=at.folder, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-2000:]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
-    passing = {"train_s", "eval_s", "run_dir"}
-    metrics = {name: value for name, value in answer.items() if name not in {*passing, "tasks"}}
-    tasks = [{name: task[name] for name in task if name not in {"train_s", "worker"}} for task in answer["tasks"]]
-    tables = [pq.read_table(at.folder / "run" / "tables" / f"{name}.parquet") for name in ("registry", "relatedness")]
-    note = f"gate {answer['gate_accuracy']:.3f}, end to end {answer['end_to_end_accuracy']:.3f}"
-    return Made(hashes_of(at.folder / "run", *tables, {**metrics, "tasks": tasks}), note)
+    benchmark = make_benchmark("embedded", train_per_task=48, test_per_task=24)
+    model = ExpertGate(benchmark.shape, arch="efficientnet_lite0", autoencoder="linear")
+    optimizer = torch.optim.SGD(model.expert.parameters(), lr=1e-3, momentum=0.9)
+    settings = {"model": model, "optimizer": optimizer, "train_epochs": 1, "ae_latent_dim": 50, "rel_thresh": 0.7}
+    return trained(at.folder, benchmark.scenario, cluster=cluster, **settings)
 
 
 def embedded_ray(at: Place) -> Made:
     """The same by two workers."""
-    return embedded(at, ("--engine", "ray", "--num-workers", "2"))
+    return embedded(at, engine="ray", num_workers=2)
 
 
 def split_mnist_sgd(at: Place) -> Made:

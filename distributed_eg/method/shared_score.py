@@ -58,7 +58,7 @@ class SharedStack:
         self._centre = centre.float()
         self._weights = (solved * drawn[:, None]).float()
         self._biases = (drawn.square() * (dimensions / counts - lengths) / 2).float()
-        self._priors = torch.tensor(self._sizes).float().log()
+        self._priors = torch.tensor(self._sizes, device=means.device).float().log()
 
     def errors(self, features: Tensor) -> Tensor:
         """Squared distance of each standardized sample to each task, less what is the same for all tasks: (n, number of

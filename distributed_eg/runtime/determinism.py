@@ -17,9 +17,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distributed_eg.errors import InputError
 from distributed_eg.method.head import own_draws
 
-_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""A variable, and its value with which cuBLAS sums in one order; torch looks at it once, before the first product."""
+
+
+def settle_cublas() -> None:
+    """Have cuBLAS sum in one order, where this process may compute on a card and nobody has said anything else."""
+    if torch.cuda.is_available():
+        os.environ.setdefault(*CUBLAS)
+
+
+def told_of(device: torch.device) -> str:
+    """What kind of processor a device is, as far as it decides about bytes, in one line."""
+    if device.type != "cuda":
+        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    card = torch.cuda.get_device_properties(device)
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    return f"{card.name} ({card.major}.{card.minor}), {runtime}, cuDNN {torch.backends.cudnn.version()}"
 
 
 @contextmanager
@@ -62,6 +79,7 @@ def reproducible(seed: int, threads: int, device: torch.device | str = "cpu") ->
 def _flags() -> list[tuple[Any, str, object]]:
     """Attributes of torch that decide about bits, with the values that they have inside."""
     return [
+        (torch.backends.cudnn, "enabled", True),
         (torch.backends.cudnn, "deterministic", True),
         (torch.backends.cudnn, "benchmark", False),
         (torch.utils.deterministic, "fill_uninitialized_memory", False),  # it only takes time
@@ -100,17 +118,46 @@ def _default_precision() -> Iterator[None]:
 @contextmanager
 def _on_card(device: torch.device, seed: int) -> Iterator[None]:
     """What only a card needs: its own seed, sums of cuBLAS in one order, pooling whose gradient is."""
-    pool, workspace = F.adaptive_avg_pool2d, os.environ.get(_CUBLAS)
+    pool, settings = F.adaptive_avg_pool2d, torch.backends.cuda
+    preferred = settings.preferred_linalg_library(), settings.preferred_blas_library()
     with torch.cuda.device(device):
+        _require_one_order(device)
         torch.cuda.manual_seed(seed)
-        os.environ.setdefault(_CUBLAS, ":4096:8")  # torch reads it where it first needs it
+        settings.preferred_linalg_library("default")
+        settings.preferred_blas_library("default")
         setattr(F, "adaptive_avg_pool2d", _pooling_instead_of(pool))  # noqa: B010 - no variable to the type checker
         try:
             yield
         finally:
             setattr(F, "adaptive_avg_pool2d", pool)  # noqa: B010
-            if workspace is None:
-                del os.environ[_CUBLAS]
+            settings.preferred_linalg_library(preferred[0])
+            settings.preferred_blas_library(preferred[1])
+
+
+@functools.cache  # what torch found at the first product holds as long as the process
+def _require_one_order(device: torch.device) -> None:
+    """Refuse a process that multiplied on a card before it was settled how.
+
+    Raises:
+        InputError: it did, or somebody has settled it otherwise.
+    """
+    settle_cublas()
+    name, value = CUBLAS
+    if os.environ[name] != value:
+        raise InputError(
+            f"{name} is {os.environ[name]!r} in this process. Workers compute under {value!r}, and another workspace "
+            "gives other bytes: unset it."
+        )
+    one = torch.ones(1, 1, device=device)
+    try:
+        torch.mm(one, one)
+    except RuntimeError as error:
+        if name not in str(error):
+            raise
+        raise InputError(
+            f"This process has multiplied on {device} before {name} was set, which torch looks at once: its sums come "
+            f"in any order now. Set {name}={value} before the process starts, or make the ExpertGate first."
+        ) from error
 
 
 def _pooling_instead_of(

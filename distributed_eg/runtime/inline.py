@@ -9,11 +9,11 @@ import torch
 
 from distributed_eg.errors import WorkerLostError
 from distributed_eg.runtime.coordinator import Coordinator, CoordinatorApi
-from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.determinism import reproducible, told_of
 from distributed_eg.runtime.engine import Ended, Listener, Report
 from distributed_eg.runtime.messages import Epoch, Evaluated, Progress, Raised, Request, WorkerSetup
 from distributed_eg.runtime.shipping import Shipper
-from distributed_eg.runtime.worker.worker import TaskWorker, told_of
+from distributed_eg.runtime.worker.worker import TaskWorker
 from distributed_eg.schedule.events import Cause, WorkerJoined
 
 _WORKER = "inline"

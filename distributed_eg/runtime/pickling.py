@@ -45,8 +45,12 @@ class Pickler(cloudpickle.Pickler):
         if obj is sys.stdout or obj is sys.stderr:  # a notebook has its own, of classes that cloudpickle does not know
             return getattr, (sys, "stdout" if obj is sys.stdout else "stderr")
         if type(obj) is Tensor and obj.device.type not in _TRAVEL:  # parameters are pickled as such ones
-            return obj.detach().cpu().requires_grad_(obj.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return self.reduce_from_card(obj)
         return super().reducer_override(obj)
+
+    def reduce_from_card(self, tensor: Tensor) -> Any:
+        """How a tensor on an accelerator is pickled: as one on the CPU."""
+        return tensor.detach().cpu().requires_grad_(tensor.requires_grad).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
 
 def dump(pickler: Pickler, value: object, what: str) -> None:

@@ -82,6 +82,12 @@ class ExpertReader:
         for ref in self._experts.keys() - {but}:
             del self._experts[ref]
 
+    def clear(self) -> None:
+        """Have nothing in memory any more but what is on the CPU and small."""
+        self.release()
+        self._groups.clear()
+        self._gate = None
+
     def keep(self, ref: ExpertRef, tensors: Mapping[str, Tensor]) -> Expert:
         """Have an expert in memory, a copy of its ``tensors``.
 
@@ -90,12 +96,12 @@ class ExpertReader:
         """
         while len(self._experts) >= self._capacity:
             self._experts.popitem(last=False)
-        network = blank_expert(self.root, self._head, len(ref.classes))
+        network = blank_expert(self.root, self._head, len(ref.classes)).to(self.device)
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise StorageError(f"The expert {ref.source} does not fit this run's backbone: {error}") from error
-        expert = Expert(network.to(self.device).eval().requires_grad_(False), ref.classes)
+        expert = Expert(network.eval().requires_grad_(False), ref.classes)
         self._experts[ref] = expert
         return expert
 

@@ -28,6 +28,7 @@ from distributed_eg.method.expert import logits_of
 from distributed_eg.method.gate import Routing
 from distributed_eg.method.head import find_head, require_copies
 from distributed_eg.method.image_transform import given_transform
+from distributed_eg.runtime.determinism import settle_cublas
 from distributed_eg.store import layout
 from distributed_eg.store.experts import ExpertReader
 from distributed_eg.store.registry import Registry
@@ -97,6 +98,7 @@ class ExpertGate(nn.Module):
         self.gate_score: GateScore = MethodConfig(gate_score=gate_score).gate_score
         self.seed = given.seed(seed)
         device = torch_device(device)
+        settle_cublas()  # before its first product, which may be on a card
         output_layer_name = given.text(output_layer_name, "output_layer_name")
         if isinstance(arch, str):
             root = build_network(

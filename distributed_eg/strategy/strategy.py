@@ -299,6 +299,7 @@ class ExpertGateStrategy(RunHolder):
                 return self._eval(exp_list, **kwargs)
         checks.check_loader_arguments(self, kwargs, "eval")
         driver = self._driver
+        self.device = checks.driver_device(torch_device(driver.device), self.model.device)  # it may have been moved
         if driver.run is None and not driver.cluster.resume:
             return self._eval(exp_list, **kwargs)
         run = driver.open_to_answer()

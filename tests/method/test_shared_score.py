@@ -56,6 +56,14 @@ def test_a_summary_is_means_and_scatter_of_all_rows(count: int) -> None:
     assert float(summary.energy) == pytest.approx(np.trace(whole), rel=1e-5, abs=1e-6)
 
 
+def test_all_that_it_keeps_is_where_the_summaries_are() -> None:
+    """A loaded model may bring them on a card; torch's default device stands for another one here."""
+    summaries = [summed(*drawn(task, 40)) for task in range(2)]
+    with torch.device("meta"):
+        stack = SharedStack(summaries)
+    assert torch.equal(stack.errors(summaries[0].means), SharedStack(summaries).errors(summaries[0].means))
+
+
 def test_only_so_many_directions_are_kept_the_longest_first() -> None:
     rows, classes = drawn(0, 700, width=150)
     summary = summed(rows, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import warnings
@@ -12,10 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distributed_eg.runtime.determinism import _pooling_instead_of, pool_by_products, reproducible
+from distributed_eg import ExpertGate
+from distributed_eg.errors import InputError
+from distributed_eg.runtime.determinism import (
+    CUBLAS,
+    _pooling_instead_of,
+    _require_one_order,
+    pool_by_products,
+    reproducible,
+)
+from tests.helpers import SHAPE, tiny_net
 
 
 def state() -> tuple[Any, ...]:
@@ -202,6 +213,40 @@ def test_no_card_is_seeded_where_the_cpu_computes(monkeypatch: pytest.MonkeyPatc
     with reproducible(1, 1):
         pass
     assert seeded == []
+
+
+def test_a_process_that_multiplied_on_a_card_before_its_order_was_settled_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch looks at the variable once: set later, it does nothing, and every product in a stage would raise."""
+
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("Deterministic behavior was enabled ... you must set CUBLAS_WORKSPACE_CONFIG=:4096:8")
+
+    name, value = CUBLAS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv(name, raising=False)
+    require, device = _require_one_order.__wrapped__, torch.device("cpu")
+    require(device)
+    assert os.environ[name] == value
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", refuse)
+        with pytest.raises(InputError, match=f"multiplied .* before {name} was set"):
+            require(device)
+    monkeypatch.setenv(name, ":16:8")
+    with pytest.raises(InputError, match="':16:8' in this process"):
+        require(device)
+
+
+def test_a_model_settles_the_order_of_sums_before_its_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, value = CUBLAS
+    monkeypatch.delenv(name, raising=False)
+    ExpertGate(SHAPE, arch=tiny_net())
+    assert name not in os.environ  # nothing computes on a card
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ExpertGate(SHAPE, arch=tiny_net())
+    assert os.environ[name] == value
+    monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (13, 9), (1, 4), (3, None)])

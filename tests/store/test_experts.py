@@ -236,6 +236,8 @@ def test_what_a_stage_trained_is_read_from_memory_and_is_let_go_of(storage: Stor
     assert count_loads(reader, [a]) == 0
     reader.release()
     assert count_loads(reader, [a, b]) == 2
+    reader.clear()
+    assert count_loads(reader, [a, b]) == 2
 
 
 def test_summaries_are_cut_as_tasks_come_and_whole_again_as_they_go(storage: Storage) -> None:

@@ -71,6 +71,19 @@ def test_a_model_that_was_moved_answers_from_there() -> None:
             assert predictor.reader.device.type == predictor.gate.statistics.mean.device.type == "meta"
 
 
+def test_an_evaluation_leaves_a_model_where_somebody_moved_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Avalanche moves the model to the strategy's device, which was the model's own when the strategy was made."""
+    benchmark = tiny_benchmark((0,))
+    with tiny_strategy() as strategy:
+        strategy.train(benchmark.train_stream)
+        strategy.model.to("meta")
+        monkeypatch.setattr(strategy, "_eval", lambda *_: {})
+        strategy.eval(benchmark.test_stream)
+        strategy.experience = benchmark.test_stream[0]
+        strategy.model_adaptation()
+        assert strategy.model.device == strategy.device == torch.device("meta")
+
+
 def test_a_strategy_computes_where_its_model_is() -> None:
     """Without ``device=``: moving it elsewhere would be a surprise."""
     assert checks.driver_device(None, CUDA) == CUDA

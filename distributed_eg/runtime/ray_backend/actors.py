@@ -19,10 +19,11 @@ from distributed_eg.errors import ExpertGateError, InputError, RunInUseError, Wo
 from distributed_eg.masking import masked
 from distributed_eg.runtime import pickling
 from distributed_eg.runtime.coordinator import Coordinator
+from distributed_eg.runtime.determinism import CUBLAS, told_of
 from distributed_eg.runtime.messages import Epoch, Request, WorkerSetup
 from distributed_eg.runtime.ray_backend.cluster import NAMESPACE
 from distributed_eg.runtime.worker.causes import cause_of
-from distributed_eg.runtime.worker.worker import TaskWorker, told_of
+from distributed_eg.runtime.worker.worker import TaskWorker
 from distributed_eg.schedule.events import Cause
 from distributed_eg.store.records import Record
 from distributed_eg.store.registry import Registry
@@ -37,6 +38,9 @@ _TIMEOUT_S = 600.0
 """For one call. The first one to a new coordinator, which may come at any time, reads the records of the whole run:
 thousands of small files, on an object store perhaps."""
 _NAME_TIMEOUT_S = 20.0
+_CONTEXT_BYTES = 600 * 2**20
+"""Of a card, for what CUDA keeps for each process that computes there, which torch does not count."""
+_LEFT_ALONE = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 class TaskWorkerActor:
@@ -53,7 +57,8 @@ class TaskWorkerActor:
         try:
             device, share = torch.device(_assigned_device(setup.device)), setup.cluster.gpus_per_worker
             if device.type != "cpu" and share is not None and share < 1:  # the rest of the card is its neighbours'
-                torch.cuda.set_per_process_memory_fraction(share, device)
+                context = _CONTEXT_BYTES / torch.cuda.get_device_properties(device).total_memory
+                torch.cuda.set_per_process_memory_fraction(max(share - context, share / 2), device)
             self._worker, self._told = TaskWorker(setup, fetch, device, self._tell), told_of(device)
         except InputError as error:  # of what a constructor raises, Ray hands on the text only
             self._refusal = error
@@ -117,7 +122,8 @@ def _assigned_device(asked: str | None) -> str:
     if asked == "cpu" or (asked is None and not ray.get_gpu_ids()):
         return "cpu"
     if torch.cuda.is_available():
-        return "cuda:0"  # CUDA_VISIBLE_DEVICES holds what Ray assigned
+        # CUDA_VISIBLE_DEVICES holds what Ray assigned, but where Ray was told to leave it alone.
+        return f"cuda:{ray.get_gpu_ids()[0]}" if os.environ.get(_LEFT_ALONE) else "cuda:0"
     if asked is not None:
         raise InputError(
             f"device={asked!r} was asked for, but torch {torch.__version__} finds no GPU on this node: install a torch "
@@ -131,7 +137,7 @@ def start_worker(setup: WorkerSetup, cpus: float, gpus: float) -> Any:
     """A worker actor, on whatever node has room for it."""
     as_actor: Any = ray.remote(concurrency_groups={CONTROL: 1})  # type: ignore[call-overload]
     # Both are read when CUDA starts: sums of cuBLAS in one order, and memory that others on the card can have back.
-    variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    variables = {CUBLAS[0]: CUBLAS[1], "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     options = as_actor(TaskWorkerActor).options(
         num_cpus=cpus,
         num_gpus=gpus,

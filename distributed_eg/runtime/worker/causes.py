@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import FrameType, FunctionType
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # not in its stub
 
 from distributed_eg.errors import DamagedFileError, HookError, StorageError, WorkerLostError, told
 from distributed_eg.runtime.worker.contract import item_of
@@ -18,6 +19,7 @@ _NO_MEMORY = (
     *("can't allocate memory", "not enough memory", "out of memory"),
     *("cublas_status_alloc_failed", "cusolver_status_alloc_failed", "cusparse_status_insufficient_resources"),
     *("cudnn_status_alloc_failed", "cudnn_status_internal_error_device_allocation_failed", "miopenstatusallocfailed"),
+    *("when calling `cublascreate(", "when calling `cusolverdncreate("),  # whatever is said: no room for a handle
     # cuDNN says so where it finds no room for its handle, or for the workspace of any of its engines.
     *("cudnn_status_not_initialized", "unable to find an engine to execute this computation"),
 )
@@ -27,6 +29,8 @@ _BROKEN = (
     *("cublas_status_", "cusolver_status_", "cusparse_status_", "cudnn_status_", "cufft_", "device-side assert"),
 )
 """What torch says, in a RuntimeError, where an accelerator reports anything else: the process cannot go on with it."""
+_ONLY_ASKED_WRONG = ("cudnn_status_not_supported", "cudnn_status_bad_param")
+"""What is said of the call alone."""
 
 
 def cause_of(error: BaseException) -> Cause:
@@ -111,6 +115,8 @@ def _of_the_machine(error: BaseException) -> Cause:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in says for words in _NO_MEMORY):
         return Cause.OUT_OF_MEMORY
     is_broken = isinstance(error, torch.AcceleratorError) or any(words in says for words in _BROKEN)
+    if isinstance(error, LinAlgError) or any(words in says for words in _ONLY_ASKED_WRONG):
+        is_broken = False
     return Cause.ACCELERATOR if is_broken else Cause.RAISED
 
 

@@ -82,6 +82,11 @@ class WorkerContext:
             self._root_expert = expert_of_root(self.load_root().to(self.device).eval(), self.setup.shape)
         return self._root_expert
 
+    def let_go(self) -> None:
+        """Have nothing in memory that can be read again."""
+        self.reader.clear()
+        self._root_expert = None
+
     def known(self, shipped: Shipped) -> GateAndExperts:
         """What an evaluation chooses among; its requests, one an experience, all bring the same."""
         if self._known is None or self._known[0] != shipped:

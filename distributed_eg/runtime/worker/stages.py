@@ -20,7 +20,7 @@ from distributed_eg.method.shared_score import SharedStack
 from distributed_eg.method.standardize import compute_statistics
 from distributed_eg.method.summary import fit_summary
 from distributed_eg.runtime import messages
-from distributed_eg.runtime.determinism import reproducible
+from distributed_eg.runtime.determinism import reproducible, told_of
 from distributed_eg.runtime.messages import ExpertJob, ExpertTrainer, TaskData
 from distributed_eg.runtime.worker.context import WorkerContext
 from distributed_eg.runtime.worker.reading import Reader
@@ -68,7 +68,7 @@ def extract_features(context: WorkerContext, request: messages.FeaturesRequest) 
             "run; give reference= a larger dataset, or begin with a larger task.",
             num_train,
         )
-    statistics = compute_statistics(context.feature_file(task_input, "train", None).blocks(_BLOCK_ROWS))
+    statistics = compute_statistics(FeatureFile(context.scratch_file(task_input.key, "train")).blocks(_BLOCK_ROWS))
     return StatisticsRecord(save_statistics(context.storage, statistics), statistics.num_samples)
 
 
@@ -79,7 +79,7 @@ def fit_reference(context: WorkerContext, request: messages.ReferenceRequest) ->
     what = "the reference dataset"
     batches = ((context.features(x, what), torch.zeros(len(x), dtype=torch.int64)) for x, _ in context.batches(reader))
     write_features(path, batches)
-    statistics = compute_statistics(FeatureFile(path, None, context.device).blocks(_BLOCK_ROWS)).to(context.device)
+    statistics = compute_statistics(FeatureFile(path).blocks(_BLOCK_ROWS)).to(context.device)
     method = context.setup.method
     seed = derive_seed(method.seed, _ROOT_TASK, "autoencoder")
     autoencoder = fit_autoencoder(method.autoencoder, FeatureFile(path, statistics, context.device), seed)
@@ -260,7 +260,7 @@ def _stage_key(context: WorkerContext, request: messages.ExpertRequest) -> str:
         "parent": parent.sha256 if isinstance(parent, Artifact) else parent,
         "method": asdict(setup.method),
         "threads": setup.cluster.threads,
-        "device": context.device.type,
+        "device": told_of(context.device),
         "identity": arrived.identity or request.input.key,
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

@@ -32,15 +32,11 @@ _STAGES: dict[type, Callable[[WorkerContext, Any], Result]] = {
 }
 
 _WAIT_FOR_MEMORY_S = 5.0
-
-
-def told_of(device: torch.device) -> str:
-    """What kind of processor a device is, as far as it decides about bytes, in one line."""
-    if device.type != "cuda":
-        return f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-    card = torch.cuda.get_device_properties(device)
-    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    return f"{card.name} ({card.major}.{card.minor}), {runtime}, cuDNN {torch.backends.cudnn.version()}"
+_SWALLOWED = (
+    "The card had no memory left for a moment, and what computed went on: cuDNN does so by another algorithm, whose "
+    "sums are others, and keeps to it. Its result is not used. Give the workers more of the card, or take smaller "
+    "batches; a plugin that catches such errors cannot be used."
+)
 
 
 class TaskWorker:
@@ -51,6 +47,8 @@ class TaskWorker:
     ) -> None:
         with reproducible(setup.method.seed, setup.cluster.threads, device):
             self._context = WorkerContext(setup, fetch, device, tell)
+        self._num_raised = 0
+        """Times that a card had no memory and a stage failed by it."""
 
     def run(self, request: Request) -> Done | Raised:
         """Carry out a request; an exception becomes a value, for not every exception can cross a process border."""
@@ -68,16 +66,20 @@ class TaskWorker:
             raised = Raised(ours, message, traceback.format_exc(), took_s, cause_of(error))
             _forget_frames(error)
             if raised.cause is Cause.OUT_OF_MEMORY:
+                self._num_raised += _is_of_card(error)
                 self._make_room()
             return raised
         finally:
-            _give_memory_back()
-        return Done(result, time.perf_counter() - started, began_s)
+            _give_memory_back(self._context.device, setup.cluster.gpus_per_worker)
+        took_s = time.perf_counter() - started
+        if num_failed(self._context.device) > self._num_raised:
+            return Raised(None, _SWALLOWED, _SWALLOWED, took_s, Cause.ACCELERATOR)
+        return Done(result, took_s, began_s)
 
     def _make_room(self) -> None:
         """Before a stage that found no memory is tried again: let go of what is kept for later, and, on a card that
         others may share, wait a moment for theirs."""
-        self._context.reader.release()
+        self._context.let_go()
         if self._context.device.type != "cpu":
             torch.cuda.empty_cache()
             self._context.stopping.wait(_WAIT_FOR_MEMORY_S)
@@ -95,8 +97,20 @@ def _undisturbed(device: torch.device, seed: int, threads: int) -> Iterator[None
             yield
 
 
-def _give_memory_back() -> None:
-    """What a stage has freed goes back to the system, where glibc would keep a tenth of an expert and more."""
+def num_failed(device: torch.device) -> int:
+    """How often torch found no memory on a card since this process began, whoever caught the error."""
+    return 0 if device.type != "cuda" else torch.cuda.memory_stats(device).get("num_ooms", 0)
+
+
+def _is_of_card(error: BaseException) -> bool:
+    return any(isinstance(part, torch.OutOfMemoryError) for part in (error, error.__cause__))
+
+
+def _give_memory_back(device: torch.device, share: float | None) -> None:
+    """What a stage has freed goes back: to the system, where glibc would keep a tenth of an expert and more, and on a
+    shared card to the neighbours."""
+    if device.type == "cuda" and share is not None and share < 1:
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -43,7 +43,8 @@ def local_loss(criterion: Callable[..., Tensor], output: Tensor, targets: Tensor
         InputError: soft targets that are not over all classes, or have mass outside ``classes``.
     """
     own = torch.tensor(classes, device=output.device)
-    changes = [(held, name, held[name][own.to(held[name].device)]) for held, name in _per_class(criterion)]
+    weights = [(held, name, held[name]) for held, name in _per_class(criterion)]
+    changes = [(held, name, of_all[own.to(of_all.device)].to(own.device)) for held, name, of_all in weights]
     if targets.is_floating_point():
         local = _cut_soft(targets, own)
     else:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import psutil
+import torch
 from avalanche.logging import BaseLogger
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_eg.errors import InputError
 from distributed_eg.runtime.pickling import Pickler, dump, load
@@ -36,6 +37,9 @@ _MADE_ANEW: Mapping[type, Callable[[], object]] = {
     type(threading.RLock()): threading.RLock,
     psutil.Process: psutil.Process,
 }
+
+_DEVICE = object()
+"""Stands for the expert's device in a pickle."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def unpack(
     # There before anything is loaded: all of it may refer to them.
     strategy, evaluator = ExpertLoop.__new__(ExpertLoop), EvaluationPlugin.__new__(EvaluationPlugin)
     own = {"model": model, "clock": clock, "logger": None, "strategy": strategy, "evaluator": evaluator}
+    own["device"] = next(expert.parameters()).device
     unpickler = _Unpickler(packed.state, own, expert)
     strategy.__class__ = load(unpickler.load, "The class of the strategy")
     metrics = [None if m is None else load(_Unpickler(m[1], own, expert).load, m[0]) for m in packed.metrics]
@@ -137,6 +142,7 @@ class _Pickler(Pickler):
             id(strategy.model): ("own", "model"),
             id(strategy.evaluator): ("own", "evaluator"),
             id(strategy.clock): ("own", "clock"),
+            id(_DEVICE): ("own", "device"),
             **{id(parameter): ("parameter", name) for name, parameter in root.named_parameters()},
             **{id(module): ("module", name) for name, module in root.named_modules()},
         }
@@ -145,6 +151,17 @@ class _Pickler(Pickler):
         if isinstance(obj, BaseLogger):
             return ("own", "logger")
         return self._names.get(id(obj))
+
+    def reduce_from_card(self, tensor: Tensor) -> Any:
+        """What was on a card is where the expert is, when it is used."""
+        made = super().reduce_from_card(tensor)
+        return _on_device, (made[:2], _DEVICE)
+
+
+def _on_device(made: tuple[Callable[..., Tensor], Sequence[Any]], device: torch.device) -> Tensor:
+    """A tensor, made by a function of arguments, on a device."""
+    tensor = made[0](*made[1])
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
 
 class _MetricPickler(_Pickler):

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Subset
 
 from distributed_eg import ClusterConfig
 from distributed_eg.errors import InputError
+from distributed_eg.runtime.ray_backend.actors import _LEFT_ALONE, _assigned_device
 from distributed_eg.runtime.ray_backend.engine import RayEngine, _Worker
 from distributed_eg.schedule.events import WorkerJoined
 from tests.helpers import INLINE, hashes, task_images, tiny_benchmark, tiny_strategy
@@ -76,6 +77,16 @@ def test_a_worker_on_another_kind_of_processor_gets_nothing_to_do(
     assert reports == engine.workers() == joined
     assert engine.num_workers() == 3, "its place is taken, so that no other one comes up there"
     assert "worker-1 computes on another kind of processor (Tesla T4 (7.5))" in caplog.text
+
+
+def test_where_ray_was_told_to_hide_no_gpu_a_worker_takes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all workers of a node would compute on its first card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [1])
+    monkeypatch.delenv(_LEFT_ALONE, raising=False)
+    assert _assigned_device(None) == "cuda:0"
+    monkeypatch.setenv(_LEFT_ALONE, "1")
+    assert _assigned_device(None) == "cuda:1"
 
 
 def test_a_gpu_that_torch_does_not_see_is_refused_where_it_was_asked_for() -> None:

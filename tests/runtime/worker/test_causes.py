@@ -50,6 +50,17 @@ def raised_from(error: Exception, cause: Exception) -> Exception:
             Cause.OUT_OF_MEMORY,
         ),
         (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"), Cause.OUT_OF_MEMORY),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            Cause.OUT_OF_MEMORY,
+        ),
+        (
+            RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+            Cause.OUT_OF_MEMORY,
+        ),
+        (torch.linalg.LinAlgError("linalg.eigh: cusolver error: CUSOLVER_STATUS_INVALID_VALUE"), Cause.RAISED),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if"), Cause.RAISED),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), Cause.RAISED),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), Cause.OUT_OF_MEMORY),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), Cause.OUT_OF_MEMORY),
         (RuntimeError("Unable to find an engine to execute this computation"), Cause.OUT_OF_MEMORY),

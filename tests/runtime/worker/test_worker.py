@@ -54,25 +54,18 @@ def test_a_broken_accelerator_stops_an_inline_run_which_is_resumed(
 
 
 def test_without_memory_what_is_kept_goes_before_the_stage_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    released: list[object] = []
-    release = ExpertReader.release
+    cleared: list[int] = []
+    clear = ExpertReader.clear
 
-    def noted(reader: ExpertReader, but: Any = None) -> None:
-        released.append(but)
-        release(reader, but)
+    def noted(reader: ExpertReader) -> None:
+        clear(reader)
+        cleared.append(len(reader._experts) + len(reader._groups) + (reader._gate is not None))
 
+    monkeypatch.setattr(ExpertReader, "clear", noted)
     fail(monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
-    make_room = worker.TaskWorker._make_room
-
-    def watched(self: worker.TaskWorker) -> None:
-        monkeypatch.setattr(ExpertReader, "release", noted)
-        make_room(self)
-        monkeypatch.setattr(ExpertReader, "release", release)
-
-    monkeypatch.setattr(worker.TaskWorker, "_make_room", watched)
     with tiny_strategy() as strategy:
         strategy.train(tiny_benchmark((0, 1)).train_stream)
-    assert released == [None]
+    assert cleared == [0]
 
 
 def test_on_a_card_a_worker_waits_for_its_neighbours_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +83,7 @@ def test_on_a_card_a_worker_waits_for_its_neighbours_memory(monkeypatch: pytest.
         def __init__(self) -> None:
             self.device = torch.device("cuda:0")
             self.stopping = Stopping()  # type: ignore[assignment]
-            self.reader = type("Reader", (), {"release": lambda _self: None})()
+            self.reader = type("Reader", (), {"clear": lambda _self: None})()
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     of_card = worker.TaskWorker.__new__(worker.TaskWorker)
@@ -98,6 +91,54 @@ def test_on_a_card_a_worker_waits_for_its_neighbours_memory(monkeypatch: pytest.
     of_card._make_room()
     assert emptied == [True]
     assert waited == [worker._WAIT_FOR_MEMORY_S]
+
+
+class FullCard:
+    """Counts as a card that has no memory for a moment, whenever it is told so; somebody catches the error."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.num_failed = 0
+        patch.setattr(worker, "num_failed", lambda _device: self.num_failed)
+
+    def is_full_in(self, patch: pytest.MonkeyPatch, stage: str, *, error: Exception | None = None) -> None:
+        """So often as ``stage`` is carried out next, once; the stage itself raises ``error`` where there is one."""
+        carry_out, left = getattr(stages, stage), [True]
+
+        def short(context: Any, request: Any) -> Any:
+            if left:
+                left.pop()
+                self.num_failed += 1
+                if error is not None:
+                    raise error
+            return carry_out(context, request)
+
+        kind = next(kind for kind, function in worker._STAGES.items() if function is carry_out)
+        patch.setitem(worker._STAGES, kind, short)
+
+
+def test_what_went_on_after_a_card_had_no_memory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN takes another algorithm then, without a word, and keeps to it: other bytes, for as long as the process."""
+    stream = tiny_benchmark((0, 1)).train_stream
+    with tiny_strategy() as undisturbed:
+        undisturbed.train(stream)
+        expected = hashes(undisturbed)
+    card = FullCard(monkeypatch)
+    with monkeypatch.context() as patch, tiny_strategy(stored(tmp_path)) as strategy:
+        card.is_full_in(patch, "train_expert")
+        with pytest.raises(WorkerLostError, match="no memory left for a moment"):
+            strategy.train(stream)
+    card.num_failed = 0  # another process
+    with tiny_strategy(stored(tmp_path, resume=True)) as resumed:
+        resumed.train(stream)
+        assert hashes(resumed) == expected
+
+
+def test_a_stage_that_failed_for_want_of_memory_is_only_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody caught that error, so nothing went on with other sums."""
+    FullCard(monkeypatch).is_full_in(monkeypatch, "train_expert", error=torch.OutOfMemoryError("CUDA out of memory"))
+    with tiny_strategy() as strategy:
+        strategy.train(tiny_benchmark((0, 1)).train_stream)
+        assert len(strategy.registry) == 2
 
 
 def test_modes_and_flags_of_the_caller_do_not_reach_a_stage() -> None:

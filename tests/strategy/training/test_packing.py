@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -14,11 +16,15 @@ from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.clock import Clock
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
 from distributed_eg import ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import ExpertGateError, InputError
+from distributed_eg.runtime import pickling
+from distributed_eg.strategy.training.packing import pack, unpack
 from tests.helpers import SHAPE, task_images, tiny_benchmark, tiny_net, tiny_strategy
 
 # As a script's own module: all that is defined here travels by value.
@@ -183,6 +189,21 @@ def test_what_several_plugins_share_stays_one_object() -> None:
         shared["parameter"] = strategy.optimizer.param_groups[0]["params"][0]
 
     train({"cls": HoldingStrategy, "plugins": [Same(shared), Same(shared)]}, prepare)
+
+
+def test_tensors_that_were_on_a_card_are_where_the_expert_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin and a criterion of the user's count on it; what was on the CPU stays there. "meta" is the card here."""
+    held = torch.rand(3)
+    with tiny_strategy(plugins=[Holds([held, nn.Parameter(held)])], criterion=partial(cross_entropy, weight=held)) as s:
+        monkeypatch.setattr(pickling, "_TRAVEL", ())
+        packed = pack(s, {"_driver"}, [])
+        monkeypatch.undo()
+        on_cpu = pack(s, {"_driver"}, [])
+        for it, device in ((packed, "meta"), (on_cpu, "cpu")):
+            arrived, _ = unpack(it, nn.Module(), copy.deepcopy(s.model.expert).to("meta"), Clock())
+            plugin = next(plugin for plugin in arrived.plugins if isinstance(plugin, Holds))
+            assert [part.device.type for part in plugin.held] == [device] * 2
+            assert arrived._criterion.keywords["weight"].device.type == device
 
 
 def test_a_plugin_of_a_script_may_read_names_that_torch_has_as_modules() -> None:

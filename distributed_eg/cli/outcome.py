@@ -80,11 +80,16 @@ def outcome_of(
 ) -> RunOutcome:
     """What an evaluated strategy came to on a benchmark, from its tables and metrics."""
     relatedness = strategy.relatedness.to_pylist()
-    chosen = {row["task"]: row["relatedness"] for row in relatedness if row["chosen"]}
+    # A task that was continued has rows of several versions: those of one have one own error, and only a version that
+    # started from another task's expert chose.
+    chosen = {row["task"]: row for row in relatedness if row["chosen"]}
     ties = {
         row["task"]: row["candidate"]
         for row in relatedness
-        if not row["chosen"] and chosen[row["task"]] - row["relatedness"] < NEAR_TIE
+        for parent in [chosen.get(row["task"], row)]
+        if row["own_error"] == parent["own_error"]
+        and row["candidate"] != parent["candidate"]
+        and parent["relatedness"] - row["relatedness"] < NEAR_TIE
     }
     by_label = {row["label"]: row for row in strategy.registry.to_pylist()}
     tasks = []
@@ -96,7 +101,7 @@ def outcome_of(
                 **{name: row[name] for name in _FROM_REGISTRY},
                 name=benchmark.task_names[place],
                 domain=benchmark.domains[place],
-                relatedness=chosen.get(row["task"]),
+                relatedness=chosen[row["task"]]["relatedness"] if row["task"] in chosen else None,
                 near_tie=ties.get(row["task"]),
                 gate_accuracy=metrics["Gate_Acc" + tail],
                 expert_accuracy=metrics["Expert_Acc" + tail],

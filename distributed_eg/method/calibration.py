@@ -16,6 +16,9 @@ TEMPERATURES = tuple(2 ** (step / 4) for step in range(-8, 57))
 """Those that are tried, 0.25 … 16,384: errors are sums over features, hence of any size."""
 UNFITTED = 2.0
 """The paper's temperature, where nothing was held out."""
+_ALIKE = 0.5
+"""Temperatures whose losses differ by less are told apart by nothing: half a unit of log-likelihood, one standard
+error. Of those the least sure one is taken; else some images that are all right would ask for confidences of 1."""
 _BINS = 15
 _LEVELS = 100
 
@@ -42,9 +45,9 @@ class Calibration:
     """How sure the gate may be.
 
     ``temp`` is the temperature of its softmax; ``error`` the expected calibration error at it, over 15 bins of
-    confidence, None where nothing was held out, or the temperature was given and is none of those that were tried.
-    ``bins`` are its reliability diagram: of each bin how many held-out images, the share that is right, and the mean
-    confidence.
+    confidence, on the images that it was fitted to; None where nothing was held out, or the temperature was given and
+    is none of those that were tried. ``bins`` are its reliability diagram: of each bin how many held-out images, the
+    share that is right, and the mean confidence.
     """
 
     temp: float
@@ -84,7 +87,7 @@ def calibrate(tables: Sequence[HeldOut], temp: float | None) -> Calibration:
     losses = sum((table.losses for table in tables), torch.zeros(len(TEMPERATURES), dtype=torch.float64))
     known = bool(losses.any())
     if temp is None:
-        temp = TEMPERATURES[int(losses.argmin())] if known else UNFITTED
+        temp = TEMPERATURES[int((losses <= losses.min() + _ALIKE).nonzero().max())] if known else UNFITTED
     if not known or temp not in TEMPERATURES:
         return Calibration(temp)
     at_temp = torch.stack([table.bins[TEMPERATURES.index(temp)] for table in tables])

@@ -20,6 +20,8 @@ from distributed_eg.types import NOBODY, TaskId, Unknown
 
 ABSENT_LOG_PROBABILITY = -16.11809565095832  # log(1e-7)
 """Log-probability of a class that no answering expert knows: small, but finite, so that losses stay finite."""
+_ROUNDING = 1e-6
+"""Of an error, for each feature: sums of float32 squares around 0.5 are off by less."""
 
 
 class Routing(NamedTuple):
@@ -39,7 +41,8 @@ class Routing(NamedTuple):
 
     @property
     def unknown(self) -> Tensor:
-        """(n,) bool: stranger than the chosen quantile of every task's held-out images."""
+        """(n,) bool: stranger than the chosen quantile of every task's held-out images; with the shared score, of those
+        of the nearest task, which alone is asked."""
         return self.strangeness > 1
 
 
@@ -95,7 +98,9 @@ class Gate:
     def _strangeness(self, standardized: Tensor, errors: Tensor, nearest: Tensor) -> Tensor:
         if not self.limits:
             return torch.full_like(errors[:, 0], torch.nan)
-        limits = torch.tensor(self.limits, device=errors.device).clamp_min(torch.finfo(torch.float32).tiny)
+        # Below, an error is rounding, which depends on the batch: of one image in training, or of many alike.
+        least = _ROUNDING * standardized.shape[1]
+        limits = torch.tensor(self.limits, device=errors.device).clamp_min(least)
         if not self.summaries:
             return (errors / limits).amin(1)
         # Only the nearest task's autoencoder is asked: the cost does not grow with the number of tasks.

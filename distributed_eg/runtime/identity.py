@@ -14,6 +14,7 @@ from torch import nn
 
 from distributed_eg.config import ClusterConfig, MethodConfig
 from distributed_eg.errors import StorageError
+from distributed_eg.method.calibration import UNFITTED
 from distributed_eg.runtime.resuming import differences, refuse
 from distributed_eg.store import layout, records
 from distributed_eg.store.records import RunRecord
@@ -107,7 +108,7 @@ def _require_same(shown: str, known: RunRecord, wanted: RunRecord, *, same_strea
         ResumeError: it is not.
     """
     then, now = asdict(known), asdict(wanted)
-    if "gate_score" not in then["method"] and now["method"]["temp"] is None:
+    if "gate_score" not in then["method"] and now["method"]["temp"] is None and then["method"]["temp"] == UNFITTED:
         then["method"]["temp"] = None
     then["method"] = _FORMER_WAYS | then["method"]
     if not same_stream:

@@ -264,13 +264,15 @@ class PartAnswer:
     """Answers for consecutive samples, one row a sample, on the CPU.
 
     ``log_probabilities`` (n, len(classes)) are over the dataset class ids ``classes``, those of all experts that
-    answered. ``expert_predictions`` are the class ids that the right task's expert predicts, −1 where there is none.
+    answered. ``expert_predictions`` are the class ids that the right task's expert predicts, −1 where there is none;
+    ``heard`` says whether it took part in the answer.
     """
 
     targets: Tensor
     tasks: Tensor
     confidences: Tensor
     strangeness: Tensor
+    heard: Tensor
     classes: Tensor
     log_probabilities: Tensor
     expert_predictions: Tensor

@@ -166,10 +166,11 @@ class RelatednessRecord(RecordOfTask):
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """Accuracy on a task's held-out images of the experts that both ways of transfer give from one parent."""
+    """Accuracy on a task's held-out images of the experts that both ways of transfer give from one parent; None of one
+    that diverged."""
 
-    lwf: float
-    finetune: float
+    lwf: float | None
+    finetune: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,9 @@ class Answers:
         self._width = max(width, *(1 + max(answer.classes.tolist(), default=0) for answer in self._results))
         self._abstains = abstains
         self._position = 0
-        columns = [[r.targets, r.tasks, r.confidences, r.expert_predictions, r.strangeness] for r in self._results]
+        columns = [
+            [r.targets, r.tasks, r.confidences, r.expert_predictions, r.strangeness, r.heard] for r in self._results
+        ]
         self._targets, tasks, *others = (torch.cat(column) for column in zip(*columns, strict=True))
         right = torch.tensor([task for part, _ in told for task in part.right_tasks])
         self._routed = RoutedBatch(tasks, right, *others)
@@ -174,7 +176,7 @@ class Answers:
                 "The evaluation loader gives other samples, or another order, than the experience's dataset: leave "
                 "shuffle off in eval, and change samples in eval_dataset_adaptation only."
             )
-        outputs = torch.full((len(targets), self._width), ABSENT_LOG_PROBABILITY)
+        outputs = torch.full((len(targets), self._width), ABSENT_LOG_PROBABILITY, dtype=torch.float32)
         start = 0
         for result in self._results:
             first, last = max(rows.start, start), min(rows.stop, start + len(result.targets))

@@ -53,17 +53,19 @@ class RoutedBatch(NamedTuple):
     """The class id that the right task's expert predicts; −1 where there is none."""
     strangeness: Tensor
     """How strange the sample is to the tasks: above 1 it is unknown; NaN where that cannot be told."""
+    heard: Tensor
+    """Whether the right task's expert answered, alone or among several."""
 
 
 def quantities(strategy: Template, routed: RoutedBatch) -> dict[Quantity, Tensor]:
-    """Each quantity of every sample of the current evaluation mini-batch, (n,)."""
+    """Each quantity of every sample of the current evaluation mini-batch, (n,); NaN where it cannot be told."""
     targets, predictions = strategy.mb_y.cpu(), strategy.mb_output.argmax(1).cpu()
     return {
         "Gate_Acc": routed.tasks == routed.right_tasks,
         "Expert_Acc": routed.expert_predictions == targets,
-        "EndToEnd_Acc": (routed.tasks == routed.right_tasks) & (predictions == targets),
+        "EndToEnd_Acc": routed.heard & (predictions == targets),
         "Gate_Confidence": routed.confidences,
-        "Gate_Unknown": routed.strangeness > 1,
+        "Gate_Unknown": (routed.strangeness > 1).double().where(~routed.strangeness.isnan(), torch.nan),
     }
 
 
@@ -71,11 +73,11 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
     """The mean of one quantity over an evaluated experience, or over the stream.
 
     ``Gate_Acc``: the gate chose the right task. ``Expert_Acc``: the right task's expert predicts the right class
-    (oracle gate). ``EndToEnd_Acc``: both the gate and its expert are right; a sample sent to the wrong expert is wrong
-    even when the class id happens to match. Samples of tasks that were never trained count as wrong.
-    ``Gate_Confidence``: the gate's confidence in the expert that it chose. ``Gate_Unknown``: the share of samples that
-    are strange to every task; where these are not sent to the nearest expert, ``Gate_Acc`` is right about one that
-    belongs to no trained task.
+    (oracle gate). ``EndToEnd_Acc``: the right task's expert answered, alone or among several, and the answer is right;
+    a sample sent to the wrong expert is wrong even when the class id happens to match. Samples of tasks that were never
+    trained count as wrong. ``Gate_Confidence``: the gate's confidence in the expert that it chose. ``Gate_Unknown``:
+    the share of samples that are strange to every task; where these are not sent to the nearest expert, ``Gate_Acc`` is
+    right about one that belongs to no trained task.
     """
 
     def __init__(self, quantity: Quantity, level: Level) -> None:
@@ -88,8 +90,9 @@ class RoutingMetric(GenericPluginMetric[float, Mean]):
         routed: RoutedBatch | None = getattr(strategy, "routed", None)
         if routed is None:
             return
-        values = quantities(strategy, routed)[self.quantity]
-        self._metric.update(values.double().mean().item(), len(values))
+        values = quantities(strategy, routed)[self.quantity].double()
+        if len(told := values[~values.isnan()]):
+            self._metric.update(told.mean().item(), len(told))
 
     def _package_result(self, strategy: Template) -> MetricResult:
         # Where nothing was routed (an evaluation inside an expert's training) there is nothing to say.
@@ -103,7 +106,8 @@ class GateConfusionMatrix(PluginMetric[Tensor]):
     """How often samples of one task went to the expert of another, over an evaluated stream.
 
     Its value is an int64 tensor (n, n) over the trained tasks, in the order of ``strategy.registry``: rows are the
-    right tasks, columns the chosen ones. Samples that belong to no trained task are left out.
+    right tasks, columns the chosen ones. Samples that belong to no trained task are left out, and so are those that
+    are strange to all and that no expert answered (``unknown="root"``, ``"abstain"``): ``Gate_Unknown`` counts them.
     """
 
     def __init__(self) -> None:

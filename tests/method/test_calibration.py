@@ -32,6 +32,17 @@ def test_the_temperature_is_found_that_the_errors_were_drawn_at(temp: float) -> 
     assert sum(count for count, _, _ in found.bins) == 4000
 
 
+def test_images_that_are_all_right_do_not_ask_for_certainty() -> None:
+    """Six that the gate finds by far say as much at any temperature up to where they become unsure."""
+    table = hold_out(torch.zeros(6), torch.full((6, 1), 40.0))
+    found = calibrate([table], None)
+    assert found.temp == 2**4
+    loss = float(table.losses[TEMPERATURES.index(found.temp)])
+    assert 0.2 < loss <= 0.5
+    many = hold_out(torch.zeros(600), torch.full((600, 1), 40.0))
+    assert calibrate([many], None).temp < found.temp, "more images say more"
+
+
 def test_tables_add_up_to_one_of_all_images() -> None:
     errors = errors_at(8.0, 300, 4, 2)
     parts = [hold_out(part[:, 0], part[:, 1:]) for part in errors.split(70)]

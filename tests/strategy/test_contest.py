@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distributed_eg import ClusterConfig
-from distributed_eg.errors import InputError
+from distributed_eg.errors import DivergedError, InputError, TaskFailedError
 from distributed_eg.runtime.worker import stages
 from tests.helpers import SETTINGS, content, hashes, tiny_benchmark, tiny_strategy
 from tests.inside import manifests_of
@@ -85,6 +85,53 @@ def test_workers_and_a_run_that_is_gone_on_with_leave_the_same_bytes(
     expected = content(tmp_path / "whole")
     assert content(tmp_path / "ray") == expected
     assert content(tmp_path / "stopped") == expected
+
+
+def test_where_one_way_diverges_the_other_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever the rule would take; only where both do the task fails."""
+    whole = stages._train_expert
+    diverging: set[str] = set()
+
+    def train(context: Any, request: Any, kind: Any) -> Any:
+        if request.choice.transfer in diverging:
+            raise DivergedError("its loss is nan")
+        return whole(context, request, kind)
+
+    monkeypatch.setattr(stages, "_train_expert", train)
+    for way, other in (("lwf", "finetune"), ("finetune", "lwf")):
+        diverging.add(way)
+        with trained() as strategy:
+            rows = strategy.registry.to_pylist()[1:]
+            best = hashes(strategy)
+        assert [(row["transfer"], row[f"{way}_accuracy"]) for row in rows] == [(other, None)] * 3
+        assert None not in [row[f"{other}_accuracy"] for row in rows]
+        rule = -math.inf if other == "lwf" else math.inf
+        with trained(transfer="threshold", rel_thresh=rule) as strategy:
+            assert hashes(strategy) == best
+        diverging.clear()
+    diverging.update(("lwf", "finetune"))
+    with pytest.raises(TaskFailedError, match="its loss is nan"):
+        trained()
+
+
+def test_the_images_that_decide_were_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    ask = stages.Reader
+
+    def noted(data: Any, what: str, **options: Any) -> Any:
+        read.append(len(data))
+        return ask(data, what, **options)
+
+    right = stages._held_out_accuracy
+
+    def asked(*args: Any) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "Reader", noted)
+            return right(*args)
+
+    monkeypatch.setattr(stages, "_held_out_accuracy", asked)
+    trained().close()
+    assert read == [24] * 6, "three tenths of 80 images, for both experts of three tasks"
 
 
 def test_a_task_that_continues_has_no_rival() -> None:

@@ -55,3 +55,21 @@ def test_tasks_that_all_come_again_still_say_how_sure_the_gate_may_be() -> None:
     assert calibration.error is not None
     assert [row["candidate"] for row in rows] == [0, 0]
     assert [row["chosen"] for row in rows] == [True, False]
+
+
+def test_an_earlier_version_of_a_task_is_no_other_task(caplog: pytest.LogCaptureFixture) -> None:
+    """With a new expert for a label that comes again: the gate no longer has the earlier version, so that nothing is
+    mistaken for it, and nobody is to bring the task under the label that it has."""
+    caplog.set_level("INFO", "distributed_eg")
+    steps = ((3, 0, 1, (0, 1)), (7, 1, 2, (2, 3)), (3, 0, 3, (0, 1)), (7, 1, 4, (2, 3)))
+    with trained("shared", stream(*steps).train_stream, on_repeat="new_expert") as strategy:
+        anew, rows = strategy.model.calibration, strategy.relatedness.to_pylist()
+    assert {row["known_share"] for row in rows if row["task"] == row["candidate"]} == {None}
+    assert not [m for m in caplog.messages if "looks like" in m]
+    with trained("shared", stream(*steps).train_stream) as strategy:
+        continued = strategy.model.calibration
+    assert anew is not None
+    assert continued is not None
+    assert anew.temp == continued.temp
+    assert anew.error is not None
+    assert anew.error < 0.05

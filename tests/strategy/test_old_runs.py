@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from distributed_eg.errors import InputError
+from distributed_eg.errors import InputError, ResumeError
 from distributed_eg.store.storage import Storage
 from distributed_eg.store.verification import verify
 from tests.store.old_runs import make
@@ -48,6 +49,24 @@ def train(run: Path) -> list[dict[str, Any]]:
     with make.strategy_in(run) as strategy:
         strategy.train(make.benchmark(run.name).train_stream)
         return strategy.registry.drop_columns(["train_s", "worker"]).to_pylist()
+
+
+@resumes
+@pytest.mark.parametrize("run", ["finished"], indirect=True)
+@pytest.mark.parametrize(("temp", "is_refused"), [(2.0, False), (5.0, True)])
+def test_a_temperature_that_was_given_is_not_forgotten(run: Path, temp: float, is_refused: bool) -> None:
+    """Such runs hold the default, 2, or what somebody asked for, which nothing fitted may replace unasked."""
+    record = json.loads((run / "run.json").read_text())
+    record["method"]["temp"] = temp
+    record["sha256"] = hashlib.sha256(
+        json.dumps({k: v for k, v in record.items() if k != "sha256"}, sort_keys=True).encode()
+    ).hexdigest()
+    (run / "run.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    if not is_refused:
+        train(run)
+        return
+    with pytest.raises(ResumeError, match="temp"):
+        train(run)
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.training.plugins import EvaluationPlugin
+from torch.utils.data import TensorDataset
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import InputError
 from distributed_eg.method.gate import ABSENT_LOG_PROBABILITY
-from distributed_eg.strategy.metrics import gate_metrics
+from distributed_eg.strategy.metrics import RoutedBatch, gate_metrics, quantities
 from distributed_eg.types import NOBODY, GateScore, Unknown
 from tests.helpers import SHAPE, tiny_benchmark, tiny_net, tiny_strategy
 
@@ -112,3 +116,78 @@ def test_a_value_that_cannot_be_is_refused() -> None:
         tiny_strategy(unknown="nobody")
     with pytest.raises(InputError, match="unknown_quantile"):
         tiny_strategy(unknown_quantile=0.0)
+
+
+@pytest.mark.parametrize("unknown", ["expert", "root", "abstain"])
+def test_who_belongs_to_no_task_is_never_right_end_to_end(unknown: Unknown) -> None:
+    """Not even where the root's output happens to have the number of the class."""
+    root = tiny_net()
+    with torch.no_grad():
+        root.head.bias[4] += 50
+    model = ExpertGate(SHAPE, arch=root, autoencoder="linear", gate_score="shared")
+    evaluator = EvaluationPlugin(gate_metrics(), loggers=[])
+    with tiny_strategy(model=model, unknown=unknown, validation_fraction=0.3, evaluator=evaluator) as strategy:
+        strategy.train(BENCHMARK.train_stream[:2])
+        metrics = strategy.eval(BENCHMARK.test_stream)
+    assert metrics["EndToEnd_Acc_Exp/eval_phase/test_stream/Task002/Exp002"] == 0
+
+
+def test_several_experts_are_right_where_their_answer_is_and_the_right_one_took_part() -> None:
+    with trained("expert", confidence_threshold=0.05, temp=1e4) as strategy:  # all are asked for every image
+        metrics, model = strategy.eval(BENCHMARK.test_stream[:2]), strategy.model
+    for task, experience in enumerate(BENCHMARK.test_stream[:2]):
+        images, targets = zip(*((x, y) for x, y, *_ in experience.dataset), strict=True)
+        assert bool((model.gate(torch.stack(images)).confidences > 0.05).all())
+        # The tasks' class ids differ: whoever says the right one is the right expert.
+        right = model(torch.stack(images)).argmax(1) == torch.tensor(targets)
+        found = metrics[f"EndToEnd_Acc_Exp/eval_phase/test_stream/Task00{task}/Exp00{task}"]
+        assert found == pytest.approx(float(right.double().mean()))
+    routed = RoutedBatch(
+        tasks=torch.tensor([0, 1, 0, NOBODY]),
+        right_tasks=torch.tensor([1, 1, 1, NOBODY]),
+        confidences=torch.full((4,), 0.5),
+        expert_predictions=torch.tensor([2, 2, 2, -1]),
+        strangeness=torch.zeros(4),
+        heard=torch.tensor([True, True, False, False]),
+    )
+    batch: Any = SimpleNamespace(mb_y=torch.full((4,), 2), mb_output=torch.eye(3)[[2, 2, 2, 2]])
+    assert quantities(batch, routed)["EndToEnd_Acc"].tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(("fraction", "warns"), [(0.1, True), (0.5, False)])
+def test_too_few_images_for_such_a_quantile_are_told(
+    fraction: float, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The highest of four errors is exceeded by a fifth of a task's own images, not by a hundredth."""
+    benchmark = tiny_benchmark((0,), train=130)
+    for unknown in ("abstain", "expert"):
+        caplog.clear()
+        with tiny_strategy(unknown=unknown, validation_fraction=fraction) as strategy:
+            strategy.train(benchmark.train_stream)
+        told = [m for m in caplog.messages if "held out to tell what is strange" in m]
+        assert bool(told) == (warns and unknown == "abstain")
+    if warns:
+        with tiny_strategy(unknown="abstain", validation_fraction=fraction) as strategy:
+            strategy.train(benchmark.train_stream)
+        assert "13 image(s)" in caplog.text
+        assert "7 % of its own" in caplog.text
+        assert "not 1.0 %" in caplog.text
+
+
+@pytest.mark.parametrize("score", ["residual", "shared"])
+def test_an_image_is_as_strange_alone_as_among_others(score: GateScore) -> None:
+    """Of a task whose images are all alike an error is rounding, which depends on the batch."""
+    images, before = torch.full((20, *SHAPE), 0.3), torch.stack([x for x, *_ in BENCHMARK.train_stream[0].dataset])
+    parts = [_labelled(before), _labelled(images)]
+    alike = benchmark_from_datasets(train=parts, test=parts)
+    model = ExpertGate(SHAPE, arch=tiny_net(), autoencoder="linear", gate_score=score)
+    with tiny_strategy(model=model) as strategy:
+        strategy.train(alike.train_stream)
+        for count in (1, 2, 7, 20):
+            assert not bool(model.gate(images[:count]).unknown.any()), count
+
+
+def _labelled(images: torch.Tensor) -> Any:
+    leaf = TensorDataset(images, torch.arange(len(images)) % 2)
+    leaf.targets = (torch.arange(len(images)) % 2).tolist()  # type: ignore[attr-defined]
+    return as_classification_dataset(leaf)

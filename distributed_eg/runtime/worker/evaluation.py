@@ -30,10 +30,12 @@ class _Part:
     def answer(self, classes_of: Callable[[TaskId], tuple[int, ...]]) -> PartAnswer:
         """All of it."""
         columns = [torch.cat(column) for column in zip(*self.batches, strict=True)]
-        targets, tasks, confidences, strangeness, log_probabilities, predictions = columns
+        targets, tasks, confidences, strangeness, heard, log_probabilities, predictions = columns
         ids = sorted({c for task in self.answered for c in classes_of(task)})
         classes = torch.tensor(ids, dtype=torch.int64)
-        return PartAnswer(targets, tasks, confidences, strangeness, classes, log_probabilities[:, classes], predictions)
+        return PartAnswer(
+            targets, tasks, confidences, strangeness, heard, classes, log_probabilities[:, classes], predictions
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def _answer(context: WorkerContext, known: GateAndExperts, waiting: list[_Batch]
         alone = (batch.right >= 0) & ~batch.asked
         batch.predictions[alone] = log_probabilities[alone].argmax(1)
         routing = batch.routing
-        routed = batch.targets, routing.tasks, routing.confidences.max(1).values, routing.strangeness
+        heard = torch.zeros_like(batch.asked)
+        for task, weights in batch.weights.items():
+            heard |= (batch.right == task) & (weights > 0) & (batch.right != NOBODY)
+        routed = batch.targets, routing.tasks, routing.confidences.max(1).values, routing.strangeness, heard
         columns = *routed, log_probabilities, batch.predictions
         batch.part.batches.append(tuple(column.cpu() for column in columns))
         batch.part.answered.update(batch.weights)

@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from distributed_eg.config import AutoencoderConfig
+from distributed_eg.config import AutoencoderConfig, MethodConfig
+from distributed_eg.errors import DivergedError
 from distributed_eg.method.autoencoder import AutoencoderStack, fit_autoencoder, relatedness_unit, stack_autoencoders
 from distributed_eg.method.calibration import hold_out, quantiles_of
 from distributed_eg.method.expert import continue_expert, derive_expert, logits_of, train_as
@@ -104,10 +105,25 @@ def fit_task_autoencoder(context: WorkerContext, request: messages.AutoencoderRe
         fitted = fit_summary(features.blocks, features.classes, start=known and known.to(context.device))
         summary = save_tensors(context.storage, task_weights(task, "summary"), fitted.tensors())
     held_out = context.feature_file(request.input, "valid", request.statistics)
+    _warn_of_few(request.input.record, len(held_out), context.setup.method)
     quantiles = quantiles_of(_residuals([stack_autoencoders([autoencoder])], held_out)[:, 0])
     context.drop_features(request.input.key, "train")
     label = request.input.record.label
     return AutoencoderRecord(task, label, config.kind, artifact, num_samples, summary, quantiles)
+
+
+def _warn_of_few(record: TaskRecord, num_held_out: int, method: MethodConfig) -> None:
+    """Say where so few images were held out that their highest error, and nothing more, is the limit of what is known:
+    of n images as likely to be the highest as any other one, one more exceeds them with a probability of 1/(n + 1)."""
+    share = 1 / (num_held_out + 1)
+    if method.unknown == "expert" or share < 2 * (1 - method.unknown_quantile):
+        return
+    logger.warning(
+        "Task %d (label %d): %d image(s) were held out to tell what is strange to it, so that %.0f %% of its own "
+        "images or more will count as unknown, not %.1f %%, and unknown=%r has no expert answer them. Give it more "
+        "images or a larger validation part (validation_fraction), or ask for a lower unknown_quantile.",
+        *(record.task, record.label, num_held_out, 100 * share, 100 * (1 - method.unknown_quantile), method.unknown),
+    )
 
 
 def relate_task(context: WorkerContext, request: messages.RelateRequest) -> RelatednessRecord:
@@ -120,6 +136,8 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
     residuals, (own, *rest), variance = _validation_errors(stacks, features)
     candidates = {candidate: error for (candidate, _), error in zip(request.candidates, rest, strict=True)}
     of_tasks = [candidate is not None for candidate in candidates]
+    # An earlier version of the task itself may be a parent, but is not there once this one is.
+    others = [candidate not in request.input.record.versions for candidate in candidates if candidate is not None]
     unit = relatedness_unit(kind)
     choice = choose_transfer(task, TaskErrors(own, variance, candidates), unit, method.rel_thresh)
     if request.input.record.continues is not None:
@@ -131,10 +149,13 @@ def relate_task(context: WorkerContext, request: messages.RelateRequest) -> Rela
         scored = torch.cat([shared.errors(block) for block in features.blocks(_BLOCK_ROWS)])
         farther = iter((scored[:, 1:] - scored[:, :1]).double().mean(0).tolist())
         distances = tuple(next(farther) if is_task else None for is_task in of_tasks)
-    table = hold_out(scored[:, 0], scored[:, 1:])
+    table = hold_out(scored[:, 0], scored[:, 1:][:, others])
     held_out = save_tensors(context.storage, task_weights(task, "held-out"), table.tensors())
-    limits = zip(residuals[:, 1:].T, request.limits, strict=True)
-    shares = tuple(None if limit is None else float((e <= limit).double().mean()) for e, limit in limits)
+    limits = [
+        None if c in request.input.record.versions else k for c, k in zip(candidates, request.limits, strict=True)
+    ]
+    asked = zip(residuals[:, 1:].T, limits, strict=True)
+    shares = tuple(None if limit is None else float((e <= limit).double().mean()) for e, limit in asked)
     context.drop_features(request.input.key, "valid")
     errors = tuple(candidates.values())
     return RelatednessRecord(task, choice, own, variance, unit, tuple(candidates), errors, held_out, distances, shares)
@@ -165,22 +186,35 @@ def _warn_if_unlearnt(
 
 def train_expert(context: WorkerContext, request: messages.ExpertRequest) -> messages.ExpertResult:
     """Train a task's expert with the user's own strategy, from its parent, and seal it; where the better of both ways
-    of transfer is wanted one after the other, each as if it was the only one."""
-    first = _train_expert(context, request, CheckpointRecord)
-    setup, task = context.setup, request.input.record.task
-    if setup.method.transfer != "best" or first.transfer not in _RIVALS:
-        return first
-    rival = replace(request, choice=replace(request.choice, transfer=_RIVALS[first.transfer]))
+    of transfer is wanted one after the other, each as if it was the only one.
+
+    Raises:
+        DivergedError: no way gave an expert whose weights are finite.
+    """
+    setup, task, way = context.setup, request.input.record.task, request.choice.transfer
+    if setup.method.transfer != "best" or way not in _RIVALS:
+        return _train_expert(context, request, CheckpointRecord)
+    rival = replace(request, choice=replace(request.choice, transfer=_RIVALS[way]))
     seed = derive_seed(setup.method.seed, task, type(request).__name__)  # the stage's own
-    with reproducible(seed, setup.cluster.threads, context.device):
-        second = _train_expert(context, rival, RivalCheckpointRecord)
-    right = {result.transfer: _held_out_accuracy(context, request.input, result.expert) for result in (first, second)}
-    # At a tie the paper's rule decides.
-    best, other = (second, first) if right[second.transfer] > right[first.transfer] else (first, second)
-    written = first.num_checkpoints + second.num_checkpoints
-    if other.expert.path != best.expert.path:
-        context.storage.delete(other.expert.path)
-    return replace(best, contest=Contest(**right), num_checkpoints=written)
+    results: list[messages.ExpertResult] = []
+    faults: list[DivergedError] = []
+    for asked, kind in ((request, CheckpointRecord), (rival, RivalCheckpointRecord)):
+        try:
+            with reproducible(seed, setup.cluster.threads, context.device):
+                results.append(_train_expert(context, asked, kind))
+        except DivergedError as error:
+            faults.append(error.with_traceback(None))  # whose frames hold its network
+    if not results:
+        raise faults[0]
+    for fault in faults:
+        logger.warning("Of both ways of transfer one is left to task %d: %s", task, fault)
+    right = {result.transfer: _held_out_accuracy(context, request.input, result.expert) for result in results}
+    best = max(results, key=lambda result: right[result.transfer])  # the first of equals: the paper's rule decides
+    for other in results:
+        if other.expert.path != best.expert.path:
+            context.storage.delete(other.expert.path)
+    written = sum(result.num_checkpoints for result in results)
+    return replace(best, contest=Contest(right.get("lwf"), right.get("finetune")), num_checkpoints=written)
 
 
 def _held_out_accuracy(context: WorkerContext, task_input: messages.TaskInput, artifact: Artifact) -> float:

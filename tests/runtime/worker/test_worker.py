@@ -142,11 +142,14 @@ def test_a_stage_that_failed_for_want_of_memory_is_only_tried_again(monkeypatch:
 
 
 def test_modes_and_flags_of_the_caller_do_not_reach_a_stage() -> None:
-    """Under another default type, precision or mode of autograd an inline run gives the bytes that workers give."""
-    stream = tiny_benchmark((0, 1)).train_stream
+    """Under another default type, precision or mode of autograd an inline run gives the bytes that workers give, and
+    the same answers."""
+    benchmark = tiny_benchmark((0, 1))
+    stream, tested = benchmark.train_stream, benchmark.test_stream
     with tiny_strategy(**SETTINGS) as plain:
         plain.train(stream)
         expected = hashes(plain)
+        answers = dict(plain.eval(tested))
     try:
         with tiny_strategy(**SETTINGS) as strategy, torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             torch.set_float32_matmul_precision("medium")  # bfloat16 on CPUs that have it
@@ -154,6 +157,7 @@ def test_modes_and_flags_of_the_caller_do_not_reach_a_stage() -> None:
             torch.set_default_dtype(torch.float64)
             strategy.train(stream)
             assert hashes(strategy) == expected
+            assert dict(strategy.eval(tested)) == answers
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)

@@ -16,9 +16,9 @@ TEMPERATURES = tuple(2 ** (step / 4) for step in range(-8, 57))
 """Those that are tried, 0.25 … 16,384: errors are sums over features, hence of any size."""
 UNFITTED = 2.0
 """The paper's temperature, where nothing was held out."""
-_ALIKE = 0.5
-"""Temperatures whose losses differ by less are told apart by nothing: half a unit of log-likelihood, one standard
-error. Of those the least sure one is taken; else some images that are all right would ask for confidences of 1."""
+_ALIKE = 0.05
+"""Temperatures whose losses over all images differ by less are told apart by nothing. Of those the least sure one is
+taken: else some images that are all right would ask for confidences of 1."""
 _BINS = 15
 _LEVELS = 100
 

@@ -208,7 +208,8 @@ class ExpertGate(nn.Module):
 
     @property
     def calibration(self) -> Calibration | None:
-        """The gate's temperature, and how far its confidences are off; None before training, and of a state dict's."""
+        """The gate's temperature, and how far its confidences are off; None before training, and of a model that was
+        copied, pickled or filled from a state dict, which keeps the temperature alone."""
         return None if self._predictor is None else self._predictor.gate.calibration
 
     def forward(self, x: Tensor) -> Tensor:

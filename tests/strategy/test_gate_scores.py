@@ -12,9 +12,13 @@ from torch import Tensor
 
 from distributed_eg import ClusterConfig, ExpertGate, ExpertGateStrategy
 from distributed_eg.errors import ResumeError
+from distributed_eg.method.calibration import HeldOut, calibrate
 from distributed_eg.method.gate import Routing
+from distributed_eg.store.storage import Storage
+from distributed_eg.store.weights import load_tensors
 from distributed_eg.types import AutoencoderKind
 from tests.helpers import SETTINGS, SHAPE, content, hashes, tiny_benchmark, tiny_net, tiny_strategy
+from tests.inside import registry_of
 
 DOMAINS = (0, 1, 0, 2)
 BENCHMARK = tiny_benchmark(DOMAINS)
@@ -163,3 +167,20 @@ def test_confidences_are_of_the_fitted_temperature_and_what_is_given_wins(score:
         strategy.train(BENCHMARK.train_stream)
         model = strategy.model
         assert torch.equal(model.gate(IMAGES).confidences, torch.softmax(-routing.errors / 3.0, dim=1))
+
+
+def test_the_temperature_is_fitted_to_what_the_newest_version_of_each_task_held_out() -> None:
+    """By all of them, by none that was replaced, and by errors of the score that routes."""
+    tables: dict[str, list[HeldOut]] = {}
+    for score in ("residual", "shared"):
+        with strategy_over(None, gate_score=score) as strategy:
+            strategy.train(BENCHMARK.train_stream)
+            strategy.update(tiny_benchmark(DOMAINS, train=90).train_stream[1])
+            registry, storage = registry_of(strategy), Storage(strategy.run_dir or "")
+            newest = [manifest.task for _, manifest in sorted(registry.newest.items())]
+            assert newest[1] == 4
+            sealed = [registry.relatedness[task].held_out for task in newest]
+            tables[score] = [HeldOut(**load_tensors(storage, artifact)) for artifact in sealed if artifact is not None]
+            assert strategy.model.calibration == calibrate(tables[score], None)
+    assert len(tables["shared"]) == 4
+    assert not torch.equal(tables["shared"][3].losses, tables["residual"][3].losses)
